@@ -12,7 +12,10 @@ from data_prep.errors import UserError
 # verb -> (module that defines a click command named `command`, one line of help)
 VERBS = {
     "train": ("launch.train", "Train a recipe: herd train tiny_cpu --processes 4 train.steps=20"),
-    "prep": ("launch.prep", "Text in, token files out: herd prep tokenize corpus.jsonl.gz --tokenizer tokenizer.model --output data/corpus"),
+    "prep": (
+        "launch.prep",
+        "Text in, token files out: herd prep tokenize corpus.jsonl.gz --tokenizer tokenizer.model --output data/corpus",
+    ),
     "export": ("launch.export", "Checkpoint to a Hugging Face directory: herd export runs/tiny --to exported"),
     "generate": ("launch.generate", 'Continue a prompt: herd generate exported "Once upon a time"'),
     "plot": ("launch.plot", "Draw loss curves of runs: herd plot runs/a runs/b --to curves.png"),
@@ -31,7 +34,9 @@ class Verbs(click.Group):
         command: click.Command = importlib.import_module(VERBS[name][0]).command
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and args[0] not in VERBS:
             import difflib
 
