@@ -1,0 +1,1 @@
+"""herd's library: recipe, model, parallel layouts, data, training, Hugging Face in and out."""

@@ -1,0 +1,1 @@
+"""The Llama network in plain PyTorch: one device, no process groups."""

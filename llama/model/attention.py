@@ -1,0 +1,69 @@
+"""Grouped-query attention (Ainslie et al. 2023) on PyTorch's scaled_dot_product_attention, with document masking."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llama.config import Model
+from llama.model.rope import rotate
+
+
+class Context(NamedTuple):
+    """What every block of one forward shares."""
+
+    cos: torch.Tensor
+    """(B, S, 1, head_dim/2)"""
+    sin: torch.Tensor
+    mask: torch.Tensor | None
+    """(B, 1, S, S) True where a query may look; None: plain causal attention."""
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, for generation; each (B, K, seen, head_dim)."""
+
+    def __init__(self) -> None:
+        self.keys: torch.Tensor | None = None
+        self.values: torch.Tensor | None = None
+
+    def extend(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.keys is not None and self.values is not None:
+            keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def document_mask(documents: torch.Tensor) -> torch.Tensor:
+    """Causal attention inside each document: (B, S) document numbers to (B, 1, S, S), True where a query may look."""
+    length = documents.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=documents.device).tril()
+    return (documents[:, None, :, None] == documents[:, None, None, :]) & causal
+
+
+class Attention(nn.Module):
+    """Causal self-attention, (B, S, D) to (B, S, D)."""
+
+    def __init__(self, config: Model):
+        super().__init__()
+        width, kv_width = config.num_heads * config.head_size, config.kv_heads * config.head_size
+        self.head_size = config.head_size
+        self.q = nn.Linear(config.hidden_size, width, bias=False)
+        self.k = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.v = nn.Linear(config.hidden_size, kv_width, bias=False)
+        self.o = nn.Linear(width, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor, context: Context, cache: KeyValueCache | None = None) -> torch.Tensor:
+        # The number of heads is read off the projections: tensor parallelism gives this rank fewer of them.
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_size)) for p in (self.q, self.k, self.v))
+        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, head_dim)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        causal = context.mask is None and q.shape[2] == k.shape[2]  # one token after a cache sees everything
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return self.o(out.transpose(1, 2).flatten(2))

@@ -1,0 +1,118 @@
+"""Output projection and cross-entropy in one, a few tokens at a time, so that the logits never exist whole.
+
+The gradient of a chunk's logits is known as soon as its loss is (softmax minus one-hot), so forward computes both
+parameter gradients on the spot and backward only scales them: no logits are kept and none are computed twice
+(as in Liger Kernel's fused linear cross-entropy, Hsu et al. 2024). `Vocabulary` is where tensor parallelism steps in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+"""Label of a token that is not trained."""
+
+
+class Vocabulary:
+    """How embedding and output rows are held: all of them here. llama/parallel/tensor.py shares them over ranks."""
+
+    first_row = 0
+
+    def embed(self, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """(B, S) ids to (B, S, D)."""
+        return nn.functional.embedding(tokens, weight)
+
+    def enter(self, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hidden states of every token and this rank's rows, as plain tensors."""
+        return hidden, weight
+
+    def maximum(self, x: torch.Tensor) -> torch.Tensor:
+        """Greatest over the ranks that share the vocabulary."""
+        return x
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks that share the vocabulary."""
+        return x
+
+    def gather(self, logits: torch.Tensor) -> torch.Tensor:
+        """Columns of all ranks, in order."""
+        return logits
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        vocab_size: int,
+        chunk: int,
+        vocabulary: Vocabulary,
+    ) -> torch.Tensor:
+        rows = weight.shape[0]
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wants_weight else None
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        padding = max(0, vocabulary.first_row + rows - vocab_size)  # rows past the tokenizer's ids are never predicted
+        for start in range(0, hidden.shape[0], chunk):
+            h, label = hidden[start : start + chunk], labels[start : start + chunk]
+            logits = (h @ weight.t()).to(wide)
+            if padding:
+                logits[:, rows - min(padding, rows) :] = -torch.inf
+            peak = vocabulary.maximum(logits.amax(dim=-1, keepdim=True))
+            local = label - vocabulary.first_row
+            mine = (local >= 0) & (local < rows)
+            column = local.clamp(0, rows - 1)[:, None]
+            target = logits.gather(1, column)[:, 0].sub_(peak[:, 0]).masked_fill_(~mine, 0.0)
+            exponentials = logits.sub_(peak).exp_()
+            scale = torch.stack((exponentials.sum(dim=-1), target))
+            partition, target = vocabulary.total(scale).unbind()
+            trained = label != IGNORED
+            total += torch.where(trained, partition.log() - target, 0.0).sum()
+            if not (wants_hidden or wants_weight):
+                continue
+            grad = exponentials.div_(partition[:, None])
+            grad.scatter_add_(1, column, -mine.to(wide)[:, None])
+            grad = grad.mul_(trained.to(wide)[:, None]).to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(grad, weight, out=grad_hidden[start : start + chunk])
+            if grad_weight is not None and hidden.dtype == wide:
+                grad_weight.addmm_(grad.t(), h)
+            elif grad_weight is not None:
+                grad_weight += grad.t() @ h
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # A zero-bubble pipeline asks twice, once for each gradient; what is saved must stay as it is.
+        grad_hidden, grad_weight = (
+            saved * grad_loss.to(saved.dtype) if saved is not None and needed else None
+            for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        )
+        return grad_hidden, grad_weight, None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    chunk: int,
+    vocabulary: Vocabulary | None = None,
+) -> torch.Tensor:
+    """Sum over trained tokens of the cross-entropy of softmax(hidden · weightᵀ), in nats; fp32 or more, shape ().
+
+    hidden (N, D), weight (rows, D), labels (N,) with -100 where a token is not trained. `vocab_size` columns compete;
+    later rows are padding. At most `chunk` × rows logits exist at once.
+    """
+    total: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk, vocabulary or Vocabulary())
+    return total
