@@ -195,6 +195,8 @@ class IndexedDataset:
         self.prefix = str(prefix)
         self._index, self._data = Path(f"{self.prefix}.idx"), Path(f"{self.prefix}.bin")
         for path in (self._index, self._data):
+            if not path.is_file() and self.prefix.endswith((".bin", ".idx")):
+                raise UserError(f"{path} does not exist; give the prefix alone, {self.prefix[:-4]}")
             if not path.is_file():
                 raise UserError(
                     f"{path} does not exist; check the path, or make it: herd prep tokenize TEXT.jsonl "
@@ -292,7 +294,7 @@ class IndexedDataset:
         """
         digest = hashlib.blake2b(self._head, digest_size=16)
         for entries in (self.lengths, self.documents):
-            digest.update(entries.view(np.uint8))
+            digest.update(entries.view(np.uint8).data)
         digest.update(struct.pack("<Q", self.tokens * self.dtype.itemsize))
         return digest.hexdigest()
 

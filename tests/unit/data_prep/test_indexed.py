@@ -173,6 +173,12 @@ def test_a_missing_half_names_the_file_and_the_command(tmp_path: Path, kind: str
         IndexedDataset(prefix)
 
 
+def test_a_file_name_in_place_of_the_prefix_is_explained(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "x", [[1, 2]])
+    with pytest.raises(UserError, match=rf"x\.bin\.idx does not exist; give the prefix alone, {prefix}$"):
+        IndexedDataset(f"{prefix}.bin")
+
+
 def test_entries_are_checked_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(indexed, "CHUNK", 2)
     prefix = write(tmp_path / "x", [[1, 2], [3], [4, 5, 6]])
