@@ -107,6 +107,13 @@ def _checked_eod(recipe: Recipe, prefixes: Sequence[str]) -> int | None:
                 f"set model.vocab_size={size}, or tokenize again with the model's tokenizer",
                 2,
             )
+        if meta.get("append_eod") is False and (data.document_mask or data.mask_eod_loss):
+            option = "document_mask" if data.document_mask else "mask_eod_loss"
+            raise UserError(
+                f"{prefix}.bin was written without end-of-document ids, so data.{option}=true could not tell documents "
+                f"apart; tokenize again without --no-eod, or set data.{option}=false",
+                2,
+            )
         if isinstance(eod, int):
             noted.setdefault(eod, prefix)
     if data.eod is not None:

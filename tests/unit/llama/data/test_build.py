@@ -120,6 +120,11 @@ def test_ids_beyond_the_vocabulary_are_told_before_the_first_step(token_file: Ca
 SIDECARS = {
     "larger_vocabulary": ({"vocab_size": 1001}, {}, r"says the tokenizer has 1001 ids, .* set model\.vocab_size=1001"),
     "no_eod": ({}, {"data__document_mask": True}, r"data\.document_mask=true needs .*; set data\.eod"),
+    "no_eod_in_file": (
+        {"eod": 0, "append_eod": False},
+        {"data__document_mask": True},
+        r"text\.bin was written without end-of-document ids, .* tokenize again without --no-eod",
+    ),
     "eod_too_large": ({"eod": 1000}, {"data__mask_eod_loss": True}, r"id 1000 is beyond model\.vocab_size=1000"),
     "recipe_eod_too_large": ({"eod": 0}, {"data__eod": 5000}, r"id 5000 is beyond model\.vocab_size=1000"),
 }
