@@ -84,8 +84,8 @@ def _open_checkpoint(checkpoint: Path, config: Model) -> Reader:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost line of DCP's nested reports."""
-    return (str(error).strip().splitlines() or [repr(error)])[-1]
+    """The innermost line of DCP's nested reports, without its advice."""
+    return (str(error).strip().splitlines() or [repr(error)])[-1].split(". ")[0][:160]
 
 
 def _plan(shapes: Mapping[str, tuple[int, ...]], itemsize: int, max_shard_size: int) -> list[list[str]]:

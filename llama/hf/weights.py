@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -136,17 +137,14 @@ def find_tensors(directory: str | Path) -> dict[str, Entry]:
 def _compare_configs(directory: Path, config: Model) -> None:
     """Refuse a recipe under which the directory's weights would compute something else."""
     theirs = model_config(directory)
-    for key, wanted, found in (
-        ("vocab_size", config.vocab_size, theirs.vocab_size),
-        ("num_layers", config.num_layers, theirs.num_layers),
-        ("num_heads", config.num_heads, theirs.num_heads),
-        ("num_kv_heads", config.kv_heads, theirs.kv_heads),
-        ("head_dim", config.head_size, theirs.head_size),
-        ("norm_eps", config.norm_eps, theirs.norm_eps),
-        ("tie_embeddings", config.tie_embeddings, theirs.tie_embeddings),
-    ):
-        if wanted != found:
-            raise UserError(f"model.{key}={wanted} but {directory}/config.json has {found}; set model.{key}={found}", 2)
+    shape = ("vocab_size", "num_layers", "num_heads", "kv_heads", "head_size", "tie_embeddings")
+    differ = [key for key in shape if getattr(config, key) != getattr(theirs, key)]
+    if not math.isclose(config.norm_eps, theirs.norm_eps, rel_tol=1e-5):  # GGUF's float32 makes 9.999999747e-06 of 1e-5
+        differ.append("norm_eps")
+    for key in differ:
+        wanted, found = getattr(config, key), getattr(theirs, key)
+        key = {"kv_heads": "num_kv_heads", "head_size": "head_dim"}.get(key, key)
+        raise UserError(f"model.{key}={wanted} but {directory}/config.json has {found}; set model.{key}={found}", 2)
     # Stretching a context changes these on purpose.
     for key in ("rope_theta", "rope_scaling"):
         wanted, found = getattr(config, key), getattr(theirs, key)

@@ -1,0 +1,92 @@
+"""`herd export`: a run's checkpoint as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from data_prep.errors import UserError
+
+if TYPE_CHECKING:
+    from llama.config import Recipe
+
+
+def _complete_checkpoints(run: Path) -> dict[int, Path]:
+    """A run's complete checkpoints by step: those with a manifest, which is written last."""
+    found = {}
+    for folder in (run / "checkpoints").glob("step-*"):
+        step = re.fullmatch(r"step-(\d+)", folder.name)
+        if step and (folder / "herd.json").is_file():
+            found[int(step[1])] = folder
+    return found
+
+
+def _checkpoint(run: Path, step: int | None) -> Path:
+    """The checkpoint of `step`, or the newest; UserError when it is not there."""
+    found = _complete_checkpoints(run)
+    if not found:
+        raise UserError(f"{run}: has no complete checkpoint in checkpoints/; let the run reach checkpoint.interval", 2)
+    if step is not None and step not in found:
+        known = ", ".join(str(number) for number in sorted(found))
+        raise UserError(f"{run}: has no complete checkpoint of step {step}; there are {known}", 2)
+    return found[max(found) if step is None else step]
+
+
+def _tokenizer(recipe: Recipe, given: str | None) -> tuple[Path | None, bool]:
+    """Where the run's tokenizer is, and whether it should put BOS before each text.
+
+    Named on the command line, in the recipe, beside the weights that the run started from, or by its token files. Token
+    files hold no BOS, so a model that was trained on them alone must not be given one.
+    """
+    from data_prep.tokenize import read_meta
+
+    start = recipe.train.init_from
+    named = given or recipe.data.tokenizer
+    if named is None and start is not None and any(Path(start).glob("tokenizer.*")):
+        named = start
+    if named is None and recipe.data.train:
+        named = (read_meta(recipe.data.train[0].path) or {}).get("tokenizer")
+        if named is not None and not Path(named).exists():
+            click.echo(
+                f"herd: the tokenizer {named} of the token files is gone; exporting without, or give --tokenizer"
+            )
+            named = None
+    return (None if named is None else Path(named)), start is not None
+
+
+@click.command(short_help="Checkpoint to a Hugging Face directory.")
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to write.")
+@click.option("--step", type=click.IntRange(min=0), help="Which checkpoint; the newest complete one when not given.")
+@click.option(
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True,
+    help="Type of the written weights.",
+)  # fmt: skip
+@click.option("--tokenizer", help="Tokenizer file or folder; the run's own when not given.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
+def command(run: Path, to: Path, step: int | None, dtype: str, tokenizer: str | None, overwrite: bool) -> None:
+    """Write a checkpoint of RUN as a directory that transformers, vLLM and others load.
+
+    \b
+    herd export runs/tiny_cpu --to exported
+    herd export runs/tiny_cpu --to exported-100 --step 100 --dtype float32
+    """
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run}: has no recipe.yaml; give a run folder, such as runs/tiny_cpu", 2)
+    from llama import hf
+    from llama.recipe import load
+
+    recipe = load(str(run / "recipe.yaml"))
+    checkpoint = _checkpoint(run, step)
+    source, add_bos = _tokenizer(recipe, tokenizer)
+    began = time.monotonic()
+    hf.export(checkpoint, recipe, to, dtype, source, add_bos, overwrite)
+    size = sum(path.stat().st_size for path in to.glob("*.safetensors"))
+    click.echo(
+        f"{checkpoint.name} -> {to}: {size / 1e6:,.1f} MB in {dtype}, {time.monotonic() - began:.1f} s"
+        + ("" if source else "; without a tokenizer, none is known for this run")
+    )
