@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from data_prep.errors import UserError
-from llama.config import Layout, Recipe, layout
+from llama.config import Recipe
+from llama.layout import Layout, layout
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 

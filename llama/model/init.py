@@ -29,7 +29,9 @@ def standard_deviation(name: str, config: Model) -> float | None:
 
 def _draw(seed: int, name: str, block: int, size: int) -> np.ndarray:
     key = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).standard_normal(size, dtype=np.float32)
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).standard_normal(
+        size, dtype=np.float32
+    )
 
 
 def initial_rows(name: str, config: Model, seed: int, start: int, stop: int, width: int) -> torch.Tensor:

@@ -59,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wants_weight else None
-        total = torch.zeros((), dtype=wide, device=hidden.device)
+        total = torch.zeros(1, dtype=wide, device=hidden.device)
         padding = max(0, vocabulary.first_row + rows - vocab_size)  # rows past the tokenizer's ids are never predicted
         for start in range(0, hidden.shape[0], chunk):
             h, label = hidden[start : start + chunk], labels[start : start + chunk]
@@ -109,10 +109,12 @@ def linear_cross_entropy(
     chunk: int,
     vocabulary: Vocabulary | None = None,
 ) -> torch.Tensor:
-    """Sum over trained tokens of the cross-entropy of softmax(hidden · weightᵀ), in nats; fp32 or more, shape ().
+    """Sum over trained tokens of the cross-entropy of softmax(hidden · weightᵀ), in nats; fp32 or more, shape (1,).
 
     hidden (N, D), weight (rows, D), labels (N,) with -100 where a token is not trained. `vocab_size` columns compete;
     later rows are padding. At most `chunk` × rows logits exist at once.
     """
-    total: torch.Tensor = _LinearCrossEntropy.apply(hidden, weight, labels, vocab_size, chunk, vocabulary or Vocabulary())
+    total: torch.Tensor = _LinearCrossEntropy.apply(
+        hidden, weight, labels, vocab_size, chunk, vocabulary or Vocabulary()
+    )
     return total

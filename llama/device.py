@@ -1,0 +1,81 @@
+"""The three devices, cpu, cuda and neuron: the only file that names a backend, its quirks and its peak."""
+
+from __future__ import annotations
+
+import os
+import resource
+from dataclasses import dataclass
+
+import torch
+
+# Dense bf16 peaks in TFLOP/s, from the makers' data sheets: (part of the device's name, peak), first match wins.
+_CUDA_PEAKS = (
+    ("H200", 989.0),
+    ("H100 NVL", 835.0),
+    ("H100 PCIe", 756.0),
+    ("H100", 989.0),
+    ("A100", 312.0),
+)
+_NEURON_PEAKS = {"trn2": 667.0 / 4, "trn3": 671.0 / 4}  # per rank: a chip is four logical cores at LNC 2
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the rest of the code may know of where it runs."""
+
+    type: str
+    """cpu, cuda or neuron."""
+    name: str
+    """For people: the chip's name."""
+    communication: str
+    """Backends of init_process_group. The CPU's gloo stands beside the accelerator's for background checkpoints."""
+    compile_backend: str
+    fused_adamw: bool
+    """Whether torch's one-kernel AdamW runs here; else the foreach one."""
+    peak_flops: float | None
+    """Dense bf16 FLOP/s of one rank; None when nobody publishes it (CPUs), and no MFU is shown then."""
+
+    def torch(self) -> torch.device:
+        """This process's device."""
+        return torch.device("cpu") if self.type == "cpu" else torch.device(self.type, local_rank())
+
+    def peak_memory(self) -> int:
+        """Most bytes used so far: of the device's memory, or on a CPU of this process."""
+        if self.type == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(torch.get_device_module(self.type).max_memory_allocated())
+
+    def synchronize(self) -> None:
+        """Wait until the device has done what was asked of it."""
+        if self.type != "cpu":
+            torch.get_device_module(self.type).synchronize()
+
+
+def local_rank() -> int:
+    """This process's place on its node, as torchrun says."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def find_device(wanted: str | None = None) -> Device:
+    """The accelerator that is there, or the one asked for: cpu, cuda or neuron.
+
+    HERD_DEVICE names one as well. Raises ValueError when the wanted one is not there.
+    """
+    wanted = wanted or os.environ.get("HERD_DEVICE")
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kind = wanted or (found.type if found is not None and found.type in ("cuda", "neuron") else "cpu")
+    if kind == "cpu":
+        return Device("cpu", "CPU", "gloo", "inductor", True, None)
+    if found is None or found.type != kind:
+        raise ValueError(
+            f"no {kind} device here (found {found.type if found else 'only the CPU'}); HERD_DEVICE=cpu runs on the CPU"
+        )
+    if kind == "cuda":
+        name = torch.cuda.get_device_name()
+        peak = next((tera * 1e12 for part, tera in _CUDA_PEAKS if part in name), None)
+        return Device("cuda", name, "cpu:gloo,cuda:nccl", "inductor", True, peak)
+    if kind == "neuron":
+        generation = os.environ.get("HERD_NODE_TYPE", "trn2")[:4]
+        peak = _NEURON_PEAKS.get(generation)
+        return Device("neuron", generation, "cpu:gloo,neuron:neuron", "neuron", False, peak * 1e12 if peak else None)
+    raise ValueError(f"device {kind!r} is not one of cpu, cuda, neuron")

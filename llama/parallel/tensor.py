@@ -1,0 +1,122 @@
+"""Tensor and sequence parallelism (Shoeybi et al. 2019; Korthikanti et al. 2022) with DTensor styles.
+
+Column-parallel q, k, v, gate, up; row-parallel o, down; embedding and output rows shared over the vocabulary. Under
+sequence parallelism what lies between (residuals, norms) is cut along the sequence. The vocabulary's parts are ours:
+torch's loss_parallel keeps whole logits and is not exact on every backend.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from llama.model.llama import Embedding, Head, Llama
+from llama.model.loss import Vocabulary
+
+
+class SharedVocabulary(Vocabulary):
+    """Embedding and output rows cut over the tensor ranks, first rows on the first rank.
+
+    Args:
+        mesh: the tensor axis.
+        outside: how hidden states are laid out after the embedding: Shard(1) under sequence parallelism, else Replicate.
+        rows: rows that each rank holds.
+    """
+
+    def __init__(self, mesh: DeviceMesh, outside: Placement, rows: int):
+        self.mesh, self.outside = mesh, outside
+        self.first_row = rows * mesh.get_local_rank()
+        self.group = mesh.get_group()
+
+    @staticmethod
+    def _rows(weight: torch.Tensor) -> torch.Tensor:
+        return weight.to_local(grad_placements=[Shard(0)]) if isinstance(weight, DTensor) else weight
+
+    def embed(self, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        rows = self._rows(weight)
+        local = tokens - self.first_row
+        mine = (local >= 0) & (local < rows.shape[0])
+        found = nn.functional.embedding(local.clamp(0, rows.shape[0] - 1), rows) * mine[..., None]
+        # Each id is found on one rank and zero on the others: their sum is exact in any type.
+        joined = DTensor.from_local(found, self.mesh, [Partial()], run_check=False)
+        # clone() waits for the collective: an asynchronous result loses its gradient on entering a compiled block.
+        return joined.redistribute(placements=[self.outside]).to_local().clone()
+
+    def enter(self, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if not isinstance(hidden, DTensor):
+            hidden = DTensor.from_local(hidden, self.mesh, [self.outside], run_check=False)
+        whole = hidden.redistribute(placements=[Replicate()])
+        # Every rank finds the part of the gradient that comes through its rows.
+        return whole.to_local(grad_placements=[Partial()]), self._rows(weight)
+
+    def maximum(self, x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x, dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def gather(self, logits: torch.Tensor) -> torch.Tensor:
+        return DTensor.from_local(logits, self.mesh, [Shard(2)], run_check=False).full_tensor()
+
+
+class VocabularyParallel(ParallelStyle):
+    """Cuts an Embedding's or a Head's rows over the tensor ranks."""
+
+    def __init__(self, outside: Placement):
+        self.outside = outside
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, (Embedding, Head))
+        rows = module.weight.shape[0] // device_mesh.size()
+        module.weight = nn.Parameter(distribute_tensor(module.weight.data, device_mesh, [Shard(0)]))
+        module.vocabulary = SharedVocabulary(device_mesh, self.outside, rows)
+        return module
+
+
+class ReplicatedNorm(ParallelStyle):
+    """Holds a norm's weight as a replicated DTensor, so that all parameters of a block live on one mesh."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        style = PrepareModuleInput(input_layouts=Replicate(), desired_input_layouts=Replicate())
+        for name, parameter in list(module.named_parameters()):
+            module.register_parameter(name, nn.Parameter(distribute_tensor(parameter.data, device_mesh, [Replicate()])))
+        return style._apply(module, device_mesh)
+
+
+def tensor_parallel(model: Llama, mesh: DeviceMesh, sequence_parallel: bool) -> None:
+    """Cut `model` (a stage or the whole) over the tensor axis, in place."""
+    outside: Placement = Shard(1) if sequence_parallel else Replicate()
+    norm: ParallelStyle = SequenceParallel() if sequence_parallel else ReplicatedNorm()
+    block_plan: dict[str, ParallelStyle] = {
+        "attention_norm": norm,
+        "attention": PrepareModuleInput(
+            input_layouts=(outside, None, None), desired_input_layouts=(Replicate(), None, None)
+        ),
+        "attention.q": ColwiseParallel(),
+        "attention.k": ColwiseParallel(),
+        "attention.v": ColwiseParallel(),
+        "attention.o": RowwiseParallel(output_layouts=outside),
+        "mlp_norm": norm,
+        "mlp": PrepareModuleInput(input_layouts=(outside,), desired_input_layouts=(Replicate(),)),
+        "mlp.gate": ColwiseParallel(),
+        "mlp.up": ColwiseParallel(),
+        "mlp.down": RowwiseParallel(output_layouts=outside),
+    }
+    for block in model.layers.values():
+        parallelize_module(block, mesh, block_plan)
+    ends = {"embed": VocabularyParallel(outside), "norm": norm, "head": VocabularyParallel(outside)}
+    parallelize_module(model, mesh, {name: style for name, style in ends.items() if getattr(model, name) is not None})
+    model.tie()  # cutting a shared weight makes two of it

@@ -1,0 +1,1 @@
+"""The training run: loop, optimizer, schedule, checkpoints, metrics, guard, signals."""

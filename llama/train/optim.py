@@ -1,0 +1,166 @@
+"""AdamW (Loshchilov and Hutter 2019) on sharded weights, the global gradient norm, and stochastic rounding for bf16."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+
+from llama.config import Recipe
+from llama.device import Device
+from llama.parallel.apply import ParallelLlama
+from llama.parallel.shards import local_part
+
+Named = Sequence[tuple[str, torch.nn.Parameter]]
+
+
+def build_optimizer(model: ParallelLlama, recipe: Recipe, device: Device) -> torch.optim.Optimizer:
+    """AdamW over this rank's shards: decay on matrices, none on norms (Megatron-LM's and the Llama papers' convention)."""
+    config = recipe.optimizer
+    named = model.optimized_parameters()
+    groups = [
+        {"params": [p for _, p in named if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]  # a pipeline stage may hold no norm
+    if (
+        recipe.train.precision == "bf16_sr" and device.type != "neuron"
+    ):  # there the runtime rounds stochastically itself
+        names = {parameter: name for name, parameter in named}
+        dtype = torch.float32 if config.state_dtype == "float32" else torch.bfloat16
+        return StochasticAdamW(groups, config.lr, config.betas, config.eps, dtype, names, recipe.train.seed)
+    kind = {"fused": True} if device.fused_adamw else {"foreach": True}
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, **kind)
+
+
+def settle_gradients(named: Named) -> None:
+    """Bring every gradient to its parameter's layout; a replicated norm's comes as a sum still to be made.
+
+    Raises RuntimeError naming parameters that have none: they would silently never be trained.
+    """
+    missing = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+    if missing:
+        raise RuntimeError(f"no gradient reached {len(missing)} trainable parameters: {', '.join(missing[:8])}")
+    for _, parameter in named:
+        gradient = parameter.grad
+        if (
+            isinstance(gradient, DTensor)
+            and isinstance(parameter, DTensor)
+            and gradient.placements != parameter.placements
+        ):
+            parameter.grad = gradient.redistribute(placements=parameter.placements)
+
+
+@torch.no_grad()
+def squared_norm(tensors: Sequence[torch.Tensor], ranks_of_stage: int) -> torch.Tensor:
+    """This rank's share of the squared norm of the whole `tensors`: summed over all ranks it is exact. float64, shape ().
+
+    A tensor cut into n pieces over `ranks_of_stage` ranks is held ranks_of_stage / n times over, so each copy counts that
+    much less.
+    """
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    copies = []
+    for tensor in tensors:
+        pieces = 1
+        if isinstance(tensor, DTensor):
+            # Gradients are settled: what is not replicated is cut (torch's strided shard does not call itself one).
+            shards = [d for d, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+            pieces = math.prod(tensor.device_mesh.size(d) for d in shards)
+        copies.append(ranks_of_stage / pieces)
+    norms = torch.stack(torch._foreach_norm([local_part(tensor)[0] for tensor in tensors])).double()
+    return (norms.square() / torch.tensor(copies, dtype=torch.float64, device=norms.device)).sum()
+
+
+def clip_factor(norm: float, limit: float | None) -> float:
+    """What brings a gradient of this norm down to `limit`; the small term is torch's and Megatron-LM's own."""
+    return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+
+
+@torch.no_grad()
+def scale_gradients(named: Named, factor: float) -> None:
+    """Multiply every gradient by `factor`, in place."""
+    local = [local_part(p.grad)[0] for _, p in named if p.grad is not None]
+    torch._foreach_mul_(local, factor)
+
+
+def total_over_ranks(values: torch.Tensor) -> list[float]:
+    """Sum of `values` (n,) over all ranks, on the host: the one collective and the one wait of a step."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return [float(value) for value in values.tolist()]
+
+
+def stochastic_round(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """fp32 to bf16, up or down with a chance proportional to nearness, so that the mean is exact (Gupta et al. 2015).
+
+    bf16 is the upper half of fp32's bits: a random lower half is added and what is below is cut off.
+    """
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    rounded = (x.contiguous().view(torch.int32) + noise).bitwise_and_(-65536).view(torch.float32)
+    # Adding to the bits of inf or nan could change what they say.
+    return torch.where(x.isfinite(), rounded, x).to(torch.bfloat16)
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW on bf16 weights: arithmetic in fp32, the new weight rounded stochastically.
+
+    Without that an update smaller than half a bf16 step is lost whole, and training stalls as the learning rate falls.
+    The noise is a pure function of (seed, step, parameter, place of the shard): copies of a weight round alike, and a
+    resumed run rounds as the uninterrupted one.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        state_dtype: torch.dtype,
+        names: dict[torch.nn.Parameter, str],
+        seed: int,
+    ):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
+        self.state_dtype, self.names, self.seed = state_dtype, names, seed
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: torch.nn.Parameter, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=self.state_dtype)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.state_dtype)
+        state["step"] += 1
+        step, (beta1, beta2) = int(state["step"]), group["betas"]
+        weight, box = local_part(parameter)
+        assert parameter.grad is not None
+        gradient = local_part(parameter.grad)[0].float()
+        first, second = (local_part(state[key])[0] for key in ("exp_avg", "exp_avg_sq"))
+        mean = first.float().lerp(gradient, 1 - beta1)
+        square = second.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        new = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
+        new.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
+        corner = ",".join(str(part.start) for part in box)
+        key = f"{self.seed}/{step}/{self.names[parameter]}/{corner}".encode()
+        seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
+        generator = torch.Generator(device=weight.device).manual_seed(seed)
+        weight.copy_(stochastic_round(new, generator))
+        if self.state_dtype == torch.bfloat16:
+            first.copy_(stochastic_round(mean, generator))
+            second.copy_(stochastic_round(square, generator))
+        else:
+            first.copy_(mean)
+            second.copy_(square)
