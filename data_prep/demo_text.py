@@ -29,14 +29,12 @@ DOCSTRING_CHARACTERS = 80  # shorter ones are labels, not prose
 def _modules() -> list[Path]:
     """Source files of the standard library, sorted by their path below it."""
     root = Path(sysconfig.get_path("stdlib"))
-    below = ((path, path.relative_to(root).parts) for path in root.rglob("*.py"))
-    kept = [
-        (parts, path)
-        for path, parts in below
+    kept = []
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in LEFT_OUT and not name.startswith("config-")]
         # _sysconfigdata and its like are written when Python is built: they differ from machine to machine
-        if not LEFT_OUT & set(parts) and not parts[0].startswith("config-") and not parts[-1].startswith("_sysconfig")
-    ]
-    return [path for _, path in sorted(kept)]
+        kept += [Path(folder, name) for name in files if name.endswith(".py") and not name.startswith("_sysconfig")]
+    return sorted(kept, key=lambda path: path.relative_to(root).parts)
 
 
 def _topics() -> Iterator[tuple[str, str]]:
