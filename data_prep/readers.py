@@ -277,18 +277,27 @@ def find_keys(paths: Sequence[Path], key: str | None = None) -> Callable[[Path],
     """
     wanted = (key,) if key else KEYS
     seen: Counter[str] = Counter()
+    arrays: list[Path] = []
     for path in paths[:PEEKED_FILES]:
         records = list(_peek(path))
         if any(name in record for record in records for name in wanted):
             break
         for record in records:
             seen.update(record.keys())
+        if not records and (chunk := next(read_chunks(path, 1 << 16), None)) and chunk.data.lstrip()[:1] == b"[":
+            arrays.append(path)
     else:
         if seen:
             names = " or ".join(map(repr, wanted))
             there = ", ".join(repr(name) for name, _ in seen.most_common(8))
             raise UserError(
                 f"{paths[0]}: no key {names} in the first records; keys there: {there}; name one with --key", 2
+            )
+
+        if arrays:
+            raise UserError(
+                f"{arrays[0]}: looks like one JSON array, not one record a line; rewrite it: jq -c '.[]' FILE > FILE.jsonl",
+                2,
             )
 
     def of(path: Path) -> str:

@@ -103,7 +103,9 @@ def _run(command: list[str], folder: Path, what: str) -> str:
         _unavailable(f"{what}: no answer from the registry in {FETCH_SECONDS} s")
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["no message"]
-        _unavailable(f"{what}: {next((line for line in lines if 'ERROR' in line or 'ERR!' in line), lines[-1])}")
+        _unavailable(
+            f"{what}: {next((line for line in lines if 'error' in line.lower() or 'ERR!' in line), lines[-1])}"
+        )
     return done.stdout
 
 
@@ -132,7 +134,7 @@ def _build_llama2(target: Path) -> None:
     from sentencepiece import sentencepiece_model_pb2 as proto
 
     with tempfile.TemporaryDirectory() as folder:
-        _run(["npm", "pack", "--silent", "llama-tokenizer-js@1.2.2"], Path(folder), "llama-tokenizer-js@1.2.2")
+        _run(["npm", "pack", "llama-tokenizer-js@1.2.2"], Path(folder), "llama-tokenizer-js@1.2.2")
         with tarfile.open(next(iter(Path(folder).glob("*.tgz")))) as package:
             member = package.extractfile("package/llama-tokenizer.js")
             assert member is not None

@@ -148,6 +148,14 @@ def test_a_key_that_is_nowhere_is_refused_at_once_naming_those_that_are(tmp_path
         texts(path, key=key)
 
 
+def test_a_json_array_is_refused_with_the_way_to_rewrite_it(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}, {"text": "b"}], indent=1))
+    with pytest.raises(UserError, match=r"a\.json: looks like one JSON array.*jq -c"):
+        texts(tmp_path / "a.json")
+    (tmp_path / "b.jsonl").write_bytes(jsonl([{"text": "x"}] * 99))
+    assert len(list(read_documents([tmp_path], max_bad=0.2))) == 99  # beside good files it is only bad lines
+
+
 def test_inputs_are_sorted_unique_and_found_in_folders_and_globs(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl.zst", "deep/c.json.gz", "notes.txt", ".hidden/d.jsonl", "e.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
