@@ -27,7 +27,7 @@ from llama.model.llama import Llama
 
 MAX_SHARD_SIZE = 5_000_000_000
 """Bytes of tensors in one file, as the checkpoints of the big models have; a larger tensor has a file of its own."""
-CHUNK = 1 << 24
+CHUNK = 1 << 22
 """Elements cast and written at a time, so that a cast needs little memory beside its tensor."""
 SAFETENSORS = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from data_prep.errors import UserError
@@ -145,6 +146,8 @@ def _compare_configs(directory: Path, config: Model) -> None:
         wanted, found = getattr(config, key), getattr(theirs, key)
         key = {"kv_heads": "num_kv_heads", "head_size": "head_dim"}.get(key, key)
         raise UserError(f"model.{key}={wanted} but {directory}/config.json has {found}; set model.{key}={found}", 2)
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
     # Stretching a context changes these on purpose.
     for key in ("rope_theta", "rope_scaling"):
         wanted, found = getattr(config, key), getattr(theirs, key)
