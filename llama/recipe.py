@@ -25,6 +25,9 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, (str, int, float)):
+                problem = f"a key must be a plain word, found a {type(key).__name__}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
             seen.add(key)
@@ -38,8 +41,8 @@ def find(name: str) -> Path:
     for place in places:
         if place.is_file():
             return place
-    known = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
-    near = difflib.get_close_matches(given.stem, known, 3)
+    known = sorted(path.name.removesuffix(".yaml") for path in CONFIGS.glob("*.yaml"))
+    near = difflib.get_close_matches(given.name.removesuffix(".yaml"), known, 3)
     hint = f"did you mean {' or '.join(near)}?" if near else f"configs/ has {', '.join(known)}"
     raise UserError(f"no recipe {name!r}: neither a file nor a name in configs/; {hint}", 2)
 
@@ -53,7 +56,8 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}", 2) from error
     except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        problem = problem or " ".join(str(error).split())  # a character that YAML forbids is told on two lines
         raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not valid YAML: {problem}", 2) from error
     if not isinstance(keys, dict):
         raise UserError(
@@ -63,7 +67,10 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return keys
     parent = path.parent / str(base)
-    parent = parent if parent.is_file() else find(str(base))
+    try:
+        parent = parent if parent.is_file() else find(str(base))
+    except UserError as error:
+        raise UserError(f"{path}: base: {error}", 2) from None
     return merge(_read(parent, (*below, path.resolve())), keys)
 
 
