@@ -113,9 +113,9 @@ def model_config(directory: str | Path) -> Model:
     keys = read_json(path)
     _refuse(keys, path)
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    absent = [key for key in needed if not isinstance(keys.get(key), int)]
+    absent = [key for key in needed if not isinstance(keys.get(key), int) or keys[key] < 1]
     if absent:
-        raise UserError(f"{path}: {', '.join(absent)}: missing or not an integer; fetch the original config.json", 2)
+        raise UserError(f"{path}: {', '.join(absent)}: not there or no count; fetch the original config.json", 2)
     # What a config leaves out has the default of its transformers class.
     mistral = keys["model_type"] == "mistral"
     max_position = keys.get("max_position_embeddings") or (131072 if mistral else 2048)

@@ -86,7 +86,10 @@ def _header(path: Path) -> dict[str, Entry]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start == b"version ":
+                raise UserError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` where it came from")
+            length = int.from_bytes(start, "little")
             if size < 8 + length:
                 raise UserError(damaged)
             header = json.loads(file.read(length))
@@ -109,9 +112,11 @@ def find_tensors(directory: str | Path) -> dict[str, Entry]:
     """
     folder = Path(directory)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.is_file():  # where both are, transformers takes this one too
+        return _header(single)
     if not index.is_file():
-        if single.is_file():
-            return _header(single)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such directory; give a Hugging Face model directory", 2)
         if any(folder.glob("pytorch_model*.bin")):
             raise UserError(
                 f"{folder}: has only pytorch_model.bin, a pickle; convert it: load it with transformers and "
@@ -124,15 +129,15 @@ def find_tensors(directory: str | Path) -> dict[str, Entry]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise UserError(f"{index}: has no weight_map; fetch it again")
-    files = sorted(set(weight_map.values()))
+    files = set(weight_map.values())
     gone = [file for file in files if not (folder / file).is_file()]
     if gone:
         raise UserError(f"{folder}: {some(gone)} of {index.name} missing; fetch the rest of the checkpoint")
-    entries = {name: entry for file in files for name, entry in _header(folder / file).items()}
-    lost = [name for name, file in weight_map.items() if name not in entries or entries[name].file.name != file]
+    headers = {file: _header(folder / file) for file in sorted(files)}
+    lost = [name for name, file in weight_map.items() if name not in headers[file]]
     if lost:
         raise UserError(f"{index}: {some(lost)} not in the file it names; fetch index and files of one version")
-    return entries
+    return {name: headers[file][name] for name, file in weight_map.items()}
 
 
 def _compare_configs(directory: Path, config: Model) -> None:

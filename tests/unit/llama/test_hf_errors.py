@@ -168,6 +168,10 @@ def test_an_index_that_names_what_its_file_lacks(folder: Path) -> None:
 def test_directories_that_hold_no_weights(tmp_path: Path, folder: Path) -> None:
     assert "config.json" in refusal(lambda: hf.model_config(tmp_path / "nowhere"))
     assert "neither model.safetensors" in refusal(read(tmp_path))
+    assert "no such directory" in refusal(read(tmp_path / "nowhere"))
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    assert "git lfs pull" in refusal(read(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
     (tmp_path / "pytorch_model.bin").touch()
     assert "convert it" in refusal(read(tmp_path))
     (folder / "config.json").write_text("{")
