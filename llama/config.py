@@ -144,6 +144,8 @@ class Data(Section):
     """Id of the end-of-document token; read from the token files' .meta.json when not given."""
     tokenizer: str | None = None
     """Tokenizer file or folder, carried into exports; read from the token files' .meta.json when not given."""
+    allow_change: bool = False
+    """Go on although the token files are not those of the run's first part."""
     prefetch: Count = 2
     """Steps of batches that are read ahead."""
 
@@ -400,10 +402,6 @@ class Recipe(Section):
         if train.global_batch_size % train.micro_batch_size:
             raise ValueError(
                 f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size={train.micro_batch_size}"
-            )
-        if self.schedule.warmup_steps > train.steps:
-            raise ValueError(
-                f"schedule.warmup_steps={self.schedule.warmup_steps} is above train.steps={train.steps}; the learning rate would never peak"
             )
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(f"schedule.min_lr={self.schedule.min_lr} is above optimizer.lr={self.optimizer.lr}")

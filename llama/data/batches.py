@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -156,7 +156,7 @@ class Batches:
             f"the model's tokenizer: herd prep tokenize"
         )
 
-    def prefetch(self, cursor_start: int, depth: int = 2) -> Iterator[list[Batch]]:
+    def prefetch(self, cursor_start: int, depth: int = 2) -> Generator[list[Batch], None, None]:
         """step(cursor_start), step(cursor_start + global_batch_size), … without end, read ahead by a thread.
 
         At most `depth` steps wait, and one more is being read. What the thread raises is raised here, after the steps

@@ -16,7 +16,7 @@ from llama.device import Device
 from llama.model.init import initial_rows
 from llama.model.llama import Llama
 from llama.parallel.compile import compile_blocks
-from llama.parallel.fsdp import last_micro_batch, shard
+from llama.parallel.fsdp import last_micro_batch, reshard, shard
 from llama.parallel.mesh import Mesh
 from llama.parallel.pipeline import Pipeline, TiedEnds, rank_stages, stage_layers
 from llama.parallel.remat import recompute
@@ -83,9 +83,12 @@ class ParallelLlama:
     def evaluate(self, batches: Sequence[Batch]) -> torch.Tensor:
         """This rank's summed loss without gradients, shape ()."""
         if self.pipeline is not None:
-            return self.pipeline.evaluate(batches)
-        losses = [self.parts[0](*self._inputs(batch)).sum() for batch in batches]
-        return torch.stack(losses).sum()
+            loss = self.pipeline.evaluate(batches)
+        else:
+            loss = torch.stack([self.parts[0](*self._inputs(batch)).sum() for batch in batches]).sum()
+        for part in self.parts:
+            reshard(part)
+        return loss
 
 
 def parallelize(

@@ -59,3 +59,12 @@ def last_micro_batch(model: nn.Module, last: bool) -> None:
     if isinstance(model, FSDPModule):
         model.set_is_last_backward(last)
         model.set_requires_all_reduce(last)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free every gathered weight: after a forward without a backward.
+
+    The root's group stays gathered then, and its next backward would silently leave it without a gradient.
+    """
+    for module in modules(model):
+        module.reshard()

@@ -87,14 +87,17 @@ def _train(rank: int, config: Recipe, dtype: torch.dtype) -> dict[str, Any]:
         batch = _global_batch(config, step)
         parts = micro_batches(batch, config.train.micro_batch_size, mesh.data_rank, mesh.layout.data)
         optimizer.zero_grad()
+        share = 1.0 if mesh.speaks_for_data else 0.0
+        evaluated = 0.0
+        if step == 1 and config.parallel.pipeline_schedule != "zbv_zero_bubble":  # between steps, as validation comes
+            evaluated = float(model.evaluate(parts)) * share
         loss = model.forward_backward(parts)
         settle_gradients(named)
-        share = 1.0 if mesh.speaks_for_data else 0.0
         tokens = sum(int((b.labels != -100).sum()) for b in parts) * share / mesh.layout.pipeline
         norm = squared_norm([p.grad for _, p in counted], stage_ranks)
-        loss_sum, count, squared = total_over_ranks(
-            torch.tensor([float(loss) * share, tokens, float(norm)], dtype=torch.float64)
-        )
+        mine = torch.tensor([float(loss) * share, tokens, float(norm), evaluated], dtype=torch.float64)
+        loss_sum, count, squared, evaluated = total_over_ranks(mine)
+        assert evaluated == 0 or evaluated == pytest.approx(loss_sum, rel=1e-5)
         if step == 0:
             seen["gradients"] = {
                 name: (box, value / count) for name, (box, value) in held((n, p.grad) for n, p in named).items()

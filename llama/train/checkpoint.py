@@ -1,0 +1,346 @@
+"""Checkpoints: written in the background, whole or not at all, verified, and resumed on any layout.
+
+A checkpoint is a folder `step-00000100` of torch.distributed.checkpoint files with keys `model.NAME`,
+`optimizer.NAME.exp_avg` and `optimizer.NAME.exp_avg_sq`, and a manifest `herd.json` with the training state and a
+checksum of every file. It is written as `step-00000100.writing` and renamed once all of it is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import threading
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from data_prep.errors import UserError
+from llama.config import Recipe
+from llama.parallel.apply import ParallelLlama
+
+MANIFEST = "herd.json"
+FORMAT = 1
+_PREFIX, _ASIDE = "step-", ".writing"
+
+
+@dataclass
+class TrainState:
+    """Everything beside weights and moments that decides the next step."""
+
+    step: int = 0
+    """Steps done, skipped ones included."""
+    updates: int = 0
+    """Optimizer updates made: AdamW's own step count."""
+    consumed_samples: int = 0
+    """The absolute cursor into the sample order."""
+    trained_tokens: int = 0
+    """Tokens that had a label."""
+    skipped_steps: int = 0
+    order_samples: int = 0
+    """Samples that the order was laid out for at the first start."""
+    data_fingerprint: str = ""
+
+
+class _SafeUnpickler(pickle.Unpickler):
+    """Reads torch's checkpoint index, a pickle, and refuses every class that such an index does not hold."""
+
+    _ALLOWED = (
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.filesystem",
+        "torch.distributed.checkpoint.planner",
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        plain = {
+            ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+            ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("_codecs", "encode"),
+        }  # fmt: skip
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if module in self._ALLOWED or (module, name) in plain or dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"a checkpoint index does not hold {module}.{name}")
+
+
+class SafeReader(dcp.FileSystemReader):
+    """torch's reader, but nothing in the index can run code."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = _SafeUnpickler(file).load()
+        if getattr(metadata, "storage_meta", None) is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
+        return metadata
+
+
+def complete(folder: Path) -> list[Path]:
+    """Finished checkpoints of a run folder, oldest first."""
+    found = (folder / "checkpoints").glob(f"{_PREFIX}*/{MANIFEST}")
+    return sorted(path.parent for path in found if path.parent.name[len(_PREFIX) :].isdigit())
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint folder is named for."""
+    return int(checkpoint.name[len(_PREFIX) :])
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest; UserError when it is damaged or of another format."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        if manifest["format"] != FORMAT:
+            raise UserError(
+                f"{checkpoint}: checkpoint format {manifest['format']}, this herd reads {FORMAT}; use the herd that wrote it"
+            )
+        return dict(manifest)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{checkpoint / MANIFEST}: damaged: {error!r}; delete the folder, an older checkpoint is used then"
+        ) from None
+
+
+def _checksum(path: Path) -> int:
+    """CRC-32 of a file: damage, not forgery, is what it must notice, at the disk's speed."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def damage(checkpoint: Path, verify: bool, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint's files; with `verify` also checksums of this part of them. None: nothing seen."""
+    try:
+        files = read_manifest(checkpoint)["files"]
+    except UserError as error:
+        return str(error)
+    for i, (name, (size, crc)) in enumerate(sorted(files.items())):
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != size:
+            return f"{path} has {path.stat().st_size} bytes instead of {size}"
+        if verify and i % parts == part and _checksum(path) != crc:
+            return f"{path} does not match its checksum"
+    return None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """`value` of every rank, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+class Checkpoints:
+    """Saves and restores a run's state in its folder.
+
+    Collective: every rank must make the same calls. A process group of its own keeps background writing apart from
+    training's collectives.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, model: ParallelLlama, optimizer: torch.optim.Optimizer):
+        self.folder, self.recipe, self.model, self.optimizer = folder, recipe, model, optimizer
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self.thread: threading.Thread | None = None
+        self.failure: BaseException | None = None
+        self.stager = DefaultStager(StagingOptions(False, False, False, False))
+
+    def _tensors(self) -> dict[str, Any]:
+        """Weights and moments by the key they are saved under; moments are made when there are none yet."""
+        tensors: dict[str, Any] = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter.detach()
+            for key in ("exp_avg", "exp_avg_sq"):
+                tensors[f"optimizer.{name}.{key}"] = self._moments(parameter)[key]
+        return tensors
+
+    def _moments(self, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        state = self.optimizer.state[parameter]
+        if not state:
+            dtype = getattr(self.optimizer, "state_dtype", parameter.dtype)
+            state["step"] = torch.zeros(
+                (), dtype=torch.float32, device=parameter.device if _fused(self.optimizer) else "cpu"
+            )
+            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
+        return state  # type: ignore[no-any-return]
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint of this moment; returns once a copy is taken when saving in the background.
+
+        Raises UserError (disk full, folder not writable) of this or of the background write before it, on every rank.
+        """
+        self.wait()
+        copy = self.stager.stage(self._tensors())
+        assert isinstance(copy, dict)
+        frozen = TrainState(**asdict(state))
+        if self.recipe.checkpoint.save_async:
+            self.thread = threading.Thread(target=self._write_guarded, args=(copy, frozen), name="checkpoint")
+            self.thread.start()
+        else:
+            self._write_guarded(copy, frozen)
+            self._raise_failure()
+
+    def wait(self) -> None:
+        """Until the write in the background is on disk; raises what went wrong with it."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise UserError(
+                f"checkpoint in {self.folder / 'checkpoints'} could not be written: {failure}; free some space or make the "
+                "folder writable, then start the run again: it resumes from the checkpoint before"
+            ) from failure
+
+    def _write_guarded(self, tensors: dict[str, Any], state: TrainState) -> None:
+        try:
+            self._write(tensors, state)
+        except BaseException as failure:
+            self.failure = failure
+
+    def _write(self, tensors: dict[str, Any], state: TrainState) -> None:
+        final = self.folder / "checkpoints" / f"{_PREFIX}{state.step:08d}"
+        aside = final.with_name(final.name + _ASIDE)
+        trouble = None
+        try:
+            if self.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+        except OSError as error:
+            trouble = str(error)
+        if problems := [t for t in _gather(trouble, self.group) if t]:
+            raise OSError(problems[0])
+        writer = dcp.FileSystemWriter(aside, single_file_per_rank=True, sync_files=True, overwrite=True)
+        try:
+            dcp.save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+            own = [p for p in aside.iterdir() if p.name.startswith(f"__{self.rank}_")]
+            own += [aside / ".metadata"] if self.rank == 0 else []
+            sums: Any = {path.name: (path.stat().st_size, _checksum(path)) for path in own}
+        except BaseException as error:
+            sums = f"{type(error).__name__}: {error}".splitlines()[0]
+        shares = _gather(sums, self.group)
+        if problems := [share for share in shares if isinstance(share, str)]:
+            if self.rank == 0:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise OSError(problems[0])
+        try:
+            if self.rank == 0:
+                self._finish(final, aside, {name: s for share in shares for name, s in share.items()}, state)
+        except OSError as error:
+            trouble = str(error)
+        if problems := [t for t in _gather(trouble, self.group) if t]:
+            raise OSError(problems[0])
+
+    def _finish(self, final: Path, aside: Path, files: dict[str, Any], state: TrainState) -> None:
+        """Manifest, rename, and removal of what need not be kept; on the first rank alone."""
+        manifest = {
+            "format": FORMAT,
+            "state": asdict(state),
+            "model": self.recipe.model.model_dump(mode="json"),
+            "precision": self.recipe.train.precision,
+            "ranks": len({name.split("_")[2] for name in files if name.startswith("__")}),
+            "files": files,
+        }
+        with (aside / MANIFEST).open("w") as file:
+            json.dump(manifest, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync(aside)
+        if final.exists():  # the same step again, after a resume from an older checkpoint
+            shutil.rmtree(final)
+        aside.rename(final)
+        _sync(final.parent)
+        self._prune()
+
+    def _prune(self) -> None:
+        keep_every = self.recipe.checkpoint.keep_every
+        for old in complete(self.folder)[: -self.recipe.checkpoint.keep_last]:
+            if not (keep_every and step_of(old) % keep_every == 0):
+                (old / MANIFEST).unlink()  # first of all: a folder half removed is then no checkpoint
+                shutil.rmtree(old, ignore_errors=True)
+        for rest in (self.folder / "checkpoints").glob(f"{_PREFIX}*{_ASIDE}"):
+            shutil.rmtree(rest, ignore_errors=True)
+
+    def resume(self, say: Any = print) -> TrainState | None:
+        """Load the newest checkpoint that is whole into model and optimizer; None when there is none.
+
+        A damaged one is passed over with a warning. Raises UserError when checkpoints are there and all are damaged, or
+        when the checkpoint is of another model.
+        """
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        found = _gather(complete(self.folder), self.group)[0]  # the first rank's view decides for all
+        for checkpoint in reversed(found):
+            wrongs = _gather(damage(checkpoint, self.recipe.checkpoint.verify, self.rank, world), self.group)
+            if wrong := next((w for w in wrongs if w), None):
+                say(f"warning: checkpoint {checkpoint.name} is damaged and passed over: {wrong}")
+                continue
+            return self._load(checkpoint)
+        if found:
+            raise UserError(
+                f"{self.folder / 'checkpoints'}: all {len(found)} checkpoints are damaged; restore one, or start again in "
+                "another run_dir"
+            )
+        return None
+
+    def _load(self, checkpoint: Path) -> TrainState:
+        manifest = read_manifest(checkpoint)
+        saved, wanted = manifest["model"], self.recipe.model.model_dump(mode="json")
+        if saved != wanted:
+            keys = ", ".join(
+                f"{k}: {saved.get(k)} there, {wanted.get(k)} here" for k in wanted if saved.get(k) != wanted[k]
+            )
+            raise UserError(
+                f"{checkpoint} is of another model (model.{keys}); use the run's own recipe or another run_dir", 2
+            )
+        tensors = self._tensors()
+        dcp.load(tensors, storage_reader=SafeReader(checkpoint), process_group=self.group, no_dist=self.group is None)
+        state = TrainState(**manifest["state"])
+        copies = {p for _, p in self.model.named_parameters()}
+        twins = [p for _, p in self.model.optimized_parameters() if p not in copies]
+        if twins:  # both ends of a tied embedding on this rank: the second is a copy of the first
+            first = next(p for name, p in self.model.named_parameters() if name == "embed.weight")
+            for twin in twins:
+                twin.data.copy_(first.data)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    self._moments(twin)[key].copy_(self._moments(first)[key])
+        for _, parameter in self.model.optimized_parameters():
+            self._moments(parameter)["step"].fill_(state.updates)
+        return state
+
+
+def _fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether AdamW keeps its step count on the device."""
+    return bool(optimizer.defaults.get("fused"))
+
+
+def read_tensor(checkpoint: Path, key: str, metadata: Metadata) -> torch.Tensor:
+    """One whole tensor of a checkpoint, on the CPU, without a process group."""
+    about: Any = metadata.state_dict_metadata[key]
+    holder = {key: torch.empty(about.size, dtype=about.properties.dtype)}
+    dcp.load(holder, storage_reader=SafeReader(checkpoint), no_dist=True)
+    return holder[key]

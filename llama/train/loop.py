@@ -1,0 +1,298 @@
+"""The training run, from a recipe to its last checkpoint. Read `train` for the whole, `Trainer.step` for one step."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_prep.errors import UserError
+from llama import hf
+from llama import recipe as recipes
+from llama.config import Recipe
+from llama.data.batches import IGNORED, Batch, Batches
+from llama.data.build import build_data
+from llama.device import Device, find_device
+from llama.model.llama import count_parameters
+from llama.parallel.apply import ParallelLlama, parallelize
+from llama.parallel.mesh import build_mesh
+from llama.parallel.shards import Box
+from llama.train.checkpoint import Checkpoints, TrainState
+from llama.train.guard import StepGuard
+from llama.train.metrics import Metrics, StepReport, si
+from llama.train.optim import (
+    build_optimizer,
+    clip_factor,
+    scale_gradients,
+    settle_gradients,
+    squared_norm,
+    total_over_ranks,
+)
+from llama.train.schedule import learning_rate
+from llama.train.signals import StopRequest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    step: int
+    loss: float
+    validation_loss: float | None
+    stopped_by: str | None
+    """Name of the signal that ended it early."""
+
+
+def train(recipe: Recipe) -> Outcome:
+    """Train `recipe` on the ranks that were started, resuming from its run folder when that has a checkpoint.
+
+    Every rank calls this after init_process_group. Raises UserError for what the user can mend.
+    """
+    device = find_device()
+    layout = recipes.lay_out(recipe, dist.get_world_size())
+    folder = prepare_folder(recipe)
+    mesh = build_mesh(layout, device.type)
+    model = parallelize(recipe, mesh, device, read=weights_reader(recipe))
+    optimizer = build_optimizer(model, recipe, device)
+    checkpoints = Checkpoints(folder, recipe, model, optimizer)
+    speaks = dist.get_rank() == 0
+    resumed = checkpoints.resume(say=lambda text: print(text, flush=True) if speaks else None)
+    state = resumed or TrainState()
+    recipe = settle_order(recipe, state)
+    data, validation = build_data(recipe, mesh.data_rank, layout.data)
+    check_same_data(recipe, state, data)
+    metrics = Metrics(recipe, device, layout.world, folder, speaks, state.step)
+    metrics.say(describe(recipe, device, model, state if resumed else None))
+    with StopRequest() as stop:
+        trainer = Trainer(recipe, device, model, optimizer, checkpoints, metrics, state, stop)
+        try:
+            return trainer.run(data, validation)
+        finally:
+            metrics.close()
+
+
+class Trainer:
+    """Holds the parts of a run and takes its steps."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: Device,
+        model: ParallelLlama,
+        optimizer: torch.optim.Optimizer,
+        checkpoints: Checkpoints,
+        metrics: Metrics,
+        state: TrainState,
+        stop: StopRequest,
+    ):
+        self.recipe, self.device, self.model, self.optimizer = recipe, device, model, optimizer
+        self.checkpoints, self.metrics, self.state, self.stop = checkpoints, metrics, state, stop
+        self.guard = StepGuard(recipe.train.guard)
+        self.guard.skipped = state.skipped_steps
+        self.stopping = False
+
+    def run(self, data: Batches, validation: Batches | None) -> Outcome:
+        """Steps until train.steps, or until all ranks agree to stop; checkpoints and validations on the way."""
+        recipe, state = self.recipe, self.state
+        loss, validated, saved = float("nan"), None, state.step
+        data.check_vocabulary(recipe.model.vocab_size)
+        batches = data.prefetch(state.consumed_samples, recipe.data.prefetch)
+        gc.collect()
+        gc.disable()  # collected on all ranks at the same step instead, so that no rank makes the others wait
+        try:
+            while state.step < recipe.train.steps and not self.stopping:
+                report = self.step(batches)
+                loss = report.loss
+                due = self.metrics.due(state.step)
+                self.metrics.step(report, self.parameter_norm() if due else None)
+                if report.skipped:
+                    self.guard.check(state.step, report.skipped)
+                if validation is not None and self.every(recipe.validation.interval):
+                    validated = self.validate(validation)
+                if self.every(recipe.checkpoint.interval):
+                    self.save()
+                    saved = state.step
+                if state.step % recipe.train.garbage_collection_steps == 0:
+                    gc.collect()
+            if state.step != saved and (recipe.checkpoint.at_end or self.stopping):
+                self.save()
+            self.checkpoints.wait()
+        finally:
+            gc.enable()
+            batches.close()
+        stopped_by = (self.stop.name or "another rank's signal") if self.stopping else None
+        if stopped_by:
+            self.metrics.say(f"stopped by {stopped_by} after step {state.step}; the same command goes on from here")
+        return Outcome(state.step, loss, validated, stopped_by)
+
+    def every(self, interval: int) -> bool:
+        """Whether the step just done is a multiple of `interval`; 0 is never."""
+        return bool(interval) and self.state.step % interval == 0
+
+    def step(self, batches: Generator[list[Batch], None, None]) -> StepReport:
+        """One optimizer step: gradients of a global batch, one all-reduce, judge, scale and clip, update."""
+        recipe, state = self.recipe, self.state
+        started = time.perf_counter()
+        micro_batches = next(batches)
+        data_time = time.perf_counter() - started
+
+        named = self.model.optimized_parameters()
+        own_loss = self.model.forward_backward(to_device(micro_batches, self.device))
+        settle_gradients(named)
+        loss_sum, tokens, squared, stops = self.total(own_loss, micro_batches, self.gradient_square())
+        loss, norm = loss_sum / max(tokens, 1), squared**0.5 / max(tokens, 1)
+
+        lr = learning_rate(state.step, recipe)
+        objection = self.guard.objection(loss, norm) if tokens else "no token of this batch is trained"
+        if not objection:
+            scale_gradients(named, clip_factor(norm, recipe.optimizer.clip_norm) / tokens)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            state.updates += 1
+        self.optimizer.zero_grad(set_to_none=True)
+
+        self.stopping = stops > 0
+        state.step += 1
+        state.consumed_samples += recipe.train.global_batch_size
+        state.trained_tokens += round(tokens)
+        state.skipped_steps = self.guard.skipped
+        return StepReport(
+            step=state.step,
+            loss=loss,
+            gradient_norm=norm,
+            lr=lr,
+            consumed_samples=state.consumed_samples,
+            consumed_tokens=state.consumed_samples * recipe.data.seq_length,
+            skipped_steps=state.skipped_steps,
+            data_time=data_time,
+            skipped=objection,
+        )
+
+    def total(self, loss_sum: torch.Tensor, batches: Sequence[Batch], squared: torch.Tensor) -> list[float]:
+        """Over all ranks: summed loss, trained tokens, squared gradient norm, and how many were asked to stop."""
+        layout = self.model.mesh.layout
+        share = 1.0 if self.model.mesh.speaks_for_data else 0.0  # tensor ranks hold the same loss and tokens
+        tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches) / layout.pipeline
+        mine = torch.zeros(4, dtype=torch.float64, device=loss_sum.device)
+        mine[0] = loss_sum * share
+        mine[1] = tokens * share
+        mine[2] = squared
+        mine[3] = float(self.stop.received)
+        return total_over_ranks(mine)
+
+    def gradient_square(self) -> torch.Tensor:
+        """This rank's share of the squared norm of the summed gradients."""
+        gradients = [p.grad for _, p in self.model.counted_parameters() if p.grad is not None]
+        return squared_norm(gradients, self.ranks_of_stage)
+
+    def parameter_norm(self) -> float:
+        """Norm of all weights."""
+        weights = [p.detach() for _, p in self.model.counted_parameters()]
+        share = squared_norm(weights, self.ranks_of_stage).reshape(1).to(self.device.torch())
+        return total_over_ranks(share)[0] ** 0.5
+
+    @property
+    def ranks_of_stage(self) -> int:
+        layout = self.model.mesh.layout
+        return layout.world // layout.pipeline
+
+    def validate(self, data: Batches) -> float:
+        """Mean loss over the same held-out samples each time."""
+        started, losses, counted = time.perf_counter(), 0.0, 0.0
+        for i in range(self.recipe.validation.batches):
+            batches = data.step(i * self.recipe.train.global_batch_size)
+            own_loss = self.model.evaluate(to_device(batches, self.device))
+            loss_sum, tokens, _, _ = self.total(own_loss, batches, torch.zeros(()))
+            losses, counted = losses + loss_sum, counted + tokens
+        loss = losses / max(counted, 1)
+        self.metrics.validation(self.state.step, loss, time.perf_counter() - started)
+        self.metrics.restart_clock()
+        return loss
+
+    def save(self) -> None:
+        """Write a checkpoint, in the background where the recipe says so."""
+        self.checkpoints.save(self.state)
+        self.metrics.say(f"step {self.state.step}: checkpoint")
+        self.metrics.restart_clock()
+
+
+def to_device(batches: Sequence[Batch], device: Device) -> list[Batch]:
+    """The batches on this rank's device."""
+    if device.type == "cpu":
+        return list(batches)
+    target = device.torch()
+    return [
+        replace(
+            batch,
+            tokens=batch.tokens.to(target, non_blocking=True),
+            labels=batch.labels.to(target, non_blocking=True),
+            positions=batch.positions.to(target, non_blocking=True),
+            documents=batch.documents.to(target, non_blocking=True),
+        )
+        for batch in batches
+    ]
+
+
+def prepare_folder(recipe: Recipe) -> Path:
+    """Make the run folder and save the resolved recipe there, on the first rank; UserError when that cannot be."""
+    folder, trouble = Path(recipe.folder), [""]
+    if dist.get_rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            recipes.save(recipe, folder / "recipe.yaml")
+        except OSError as error:
+            trouble = [f"run folder {folder} cannot be written: {error.strerror or error}; choose another run_dir=..."]
+    dist.broadcast_object_list(trouble, src=0)
+    if trouble[0]:
+        raise UserError(trouble[0])
+    return folder
+
+
+def weights_reader(recipe: Recipe) -> Callable[[str, Box], torch.Tensor] | None:
+    """Reads train.init_from's weights; None where the run starts from random ones."""
+    directory = recipe.train.init_from
+    if directory is None:
+        return None
+    return hf.checkpoint_reader(Path(directory), recipe.model)
+
+
+def settle_order(recipe: Recipe, state: TrainState) -> Recipe:
+    """Fix for how many samples the order is laid out: what the first start chose, so that a longer run goes on in it."""
+    default = recipe.train.steps * recipe.train.global_batch_size
+    state.order_samples = state.order_samples or recipe.data.order_samples or default
+    if recipe.data.order_samples not in (None, state.order_samples):
+        raise UserError(
+            f"data.order_samples={recipe.data.order_samples}, but this run began with {state.order_samples}; leave it out, "
+            "or start in another run_dir",
+            2,
+        )
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"order_samples": state.order_samples})})
+
+
+def check_same_data(recipe: Recipe, state: TrainState, data: Batches) -> None:
+    """Refuse to go on with other token files than the run began with."""
+    if state.data_fingerprint and state.data_fingerprint != data.fingerprint and not recipe.data.allow_change:
+        raise UserError(
+            f"the token files, their weights or data.seq_length are not those that {recipe.folder} was trained on so far; "
+            "restore them, start in another run_dir, or set data.allow_change=true to go on with the new ones",
+            2,
+        )
+    state.data_fingerprint = data.fingerprint
+
+
+def describe(recipe: Recipe, device: Device, model: ParallelLlama, resumed: TrainState | None) -> str:
+    """What is about to run, for the first line of the log."""
+    layout = model.mesh.layout
+    total, _ = count_parameters(recipe.model)
+    start = f"resuming after step {resumed.step}" if resumed else (recipe.train.init_from or "random weights")
+    return (
+        f"{recipe.name}: {si(total)} parameters, {layout.world} x {device.name} as {layout.name}, "
+        f"{recipe.train.precision}, {recipe.train.global_batch_size} x {recipe.data.seq_length} tokens a step "
+        f"in {layout.accumulation} micro-batches, {recipe.train.steps} steps; {start}; in {recipe.folder}"
+    )

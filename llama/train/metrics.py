@@ -1,0 +1,131 @@
+"""What a run shows and records: a line for people, TensorBoard points, speed and utilisation."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from llama.config import Recipe
+from llama.device import Device
+from llama.model.llama import flops_per_token
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One step as all ranks know it."""
+
+    step: int
+    """Steps done, this one included."""
+    loss: float
+    gradient_norm: float
+    lr: float
+    consumed_samples: int
+    consumed_tokens: int
+    """Tokens read (samples × sequence length)."""
+    skipped_steps: int
+    data_time: float
+    """Seconds that this step waited for its batch."""
+    skipped: str | None = None
+    """Why the step was not taken."""
+
+
+def si(value: float) -> str:
+    """1234567 as 1.23M."""
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}P"
+
+
+def clock(seconds: float) -> str:
+    """Seconds as h:mm:ss."""
+    whole = max(0, round(seconds))
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+class Metrics:
+    """Writes on the first rank only; every rank may call it."""
+
+    def __init__(self, recipe: Recipe, device: Device, world: int, folder: Path, writes: bool, first_step: int):
+        self.recipe, self.device, self.world, self.writes = recipe, device, world, writes
+        self.since, self.steps_since, self.data_since = time.perf_counter(), 0, 0.0
+        self.peak = device.peak_flops or None
+        self.board = None
+        if writes and recipe.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Points after the step resumed from belong to a part that was lost: purge_step hides them.
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None, flush_secs=10)
+
+    def say(self, text: str) -> None:
+        """A line for people, on the first rank."""
+        if self.writes:
+            print(text, flush=True)
+
+    def restart_clock(self) -> None:
+        """Leave what happened since the last line (validation, saving) out of the next step's time."""
+        self.since, self.steps_since, self.data_since = time.perf_counter(), 0, 0.0
+
+    def step(self, report: StepReport, parameter_norm: float | None) -> None:
+        """Record a step; a line and points every log.interval steps, at the last step and at each skipped one."""
+        self.steps_since += 1
+        self.data_since += report.data_time
+        if report.skipped:
+            self.say(f"step {report.step}: skipped, because {report.skipped} ({report.skipped_steps} skipped so far)")
+        if not self.due(report.step):
+            return
+        r, now = self.recipe, time.perf_counter()
+        step_time = (now - self.since) / self.steps_since
+        data_time = self.data_since / self.steps_since
+        tokens = r.tokens_per_step / step_time / self.world
+        values = {
+            "reduced_train_loss": report.loss,
+            "lr": report.lr,
+            "gradient_norm": report.gradient_norm,
+            "global_step": report.step,
+            "consumed_samples": report.consumed_samples,
+            "consumed_tokens": report.consumed_tokens,
+            "skipped_steps": report.skipped_steps,
+            "throughput": r.train.global_batch_size / step_time,
+            "tokens_per_second_per_device": tokens,
+            "step_time": step_time,
+            "data_time": data_time,
+            "memory_peak": self.device.peak_memory(),
+        }
+        if parameter_norm is not None:
+            values["parameter_norm"] = parameter_norm
+        if self.peak:
+            for name, causal in (("mfu_full", False), ("mfu_causal", True)):
+                values[name] = tokens * flops_per_token(r.model, r.data.seq_length, causal) / self.peak
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, report.step)
+        left = (r.train.steps - report.step) * step_time
+        mfu = f"  mfu {values['mfu_full']:.1%}" if self.peak else ""
+        self.say(
+            f"step {report.step:>{len(str(r.train.steps))}}/{r.train.steps}  loss {report.loss:.4f}  "
+            f"norm {report.gradient_norm:.3f}  lr {report.lr:.2e}  {step_time:.3g} s/step  "
+            f"{si(tokens * self.world)} tokens/s{mfu}  memory {si(values['memory_peak'])}B  "
+            f"data {data_time / step_time:.0%}  left {clock(left)}"
+        )
+        self.restart_clock()
+
+    def due(self, step: int) -> bool:
+        """Whether this step is shown and recorded."""
+        return step % self.recipe.log.interval == 0 or step == self.recipe.train.steps
+
+    def validation(self, step: int, loss: float, seconds: float) -> None:
+        """Record the loss on held-out samples."""
+        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, {seconds:.1f} s")
+        if self.board is not None:
+            self.board.add_scalar("val_loss", loss, step)
+
+    def close(self) -> None:
+        """Flush what is recorded."""
+        if self.board is not None:
+            self.board.close()
+        sys.stdout.flush()
