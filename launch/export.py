@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,19 +14,11 @@ if TYPE_CHECKING:
     from llama.config import Recipe
 
 
-def _complete_checkpoints(run: Path) -> dict[int, Path]:
-    """A run's complete checkpoints by step: those with a manifest, which is written last."""
-    found = {}
-    for folder in (run / "checkpoints").glob("step-*"):
-        step = re.fullmatch(r"step-(\d+)", folder.name)
-        if step and (folder / "herd.json").is_file():
-            found[int(step[1])] = folder
-    return found
-
-
 def _checkpoint(run: Path, step: int | None) -> Path:
     """The checkpoint of `step`, or the newest; UserError when it is not there."""
-    found = _complete_checkpoints(run)
+    from llama.train.checkpoint import complete, step_of
+
+    found = {step_of(checkpoint): checkpoint for checkpoint in complete(run)}
     if not found:
         raise UserError(f"{run}: has no complete checkpoint in checkpoints/; let the run reach checkpoint.interval", 2)
     if step is not None and step not in found:
@@ -68,7 +59,12 @@ def _tokenizer(recipe: Recipe, given: str | None) -> tuple[Path | None, bool]:
 )  # fmt: skip
 @click.option("--tokenizer", help="Tokenizer file or folder; the run's own when not given.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
-def command(run: Path, to: Path, step: int | None, dtype: str, tokenizer: str | None, overwrite: bool) -> None:
+@click.option(
+    "--verify/--no-verify", default=None, help="Compare checksums first. [default: the recipe's checkpoint.verify]"
+)
+def command(
+    run: Path, to: Path, step: int | None, dtype: str, tokenizer: str | None, overwrite: bool, verify: bool | None
+) -> None:
     """Write a checkpoint of RUN as a directory that transformers, vLLM and others load.
 
     \b
@@ -79,10 +75,14 @@ def command(run: Path, to: Path, step: int | None, dtype: str, tokenizer: str | 
         raise UserError(f"{run}: has no recipe.yaml; give a run folder, such as runs/tiny_cpu", 2)
     from llama import hf
     from llama.recipe import load
+    from llama.train.checkpoint import damage
 
     recipe = load(str(run / "recipe.yaml"))
     checkpoint = _checkpoint(run, step)
     source, add_bos = _tokenizer(recipe, tokenizer)
+    wrong = damage(checkpoint, recipe.checkpoint.verify if verify is None else verify)
+    if wrong:
+        raise UserError(f"{checkpoint.name} is damaged: {wrong}; choose another --step")
     began = time.monotonic()
     hf.export(checkpoint, recipe, to, dtype, source, add_bos, overwrite)
     size = sum(path.stat().st_size for path in to.glob("*.safetensors"))

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data_prep.errors import UserError
 from data_prep.tokenizers import HF_FILES, load_tokenizer
@@ -35,26 +35,20 @@ Reader = Callable[[str], torch.Tensor]
 """Our parameter's name to its values, whole, on the CPU or elsewhere; padded rows of the vocabulary may follow."""
 
 
-class _CheckpointReader(dcp.FileSystemReader):
-    """DCP's reader that unpickles the metadata once, not at each tensor: minutes, for a checkpoint of many ranks."""
-
-    _metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)
-        return self._metadata
-
-
 def _open_checkpoint(checkpoint: Path, config: Model) -> Reader:
     """Reads one parameter at a time from a DCP folder; UserError unless all that the model needs is there."""
-    reader = _CheckpointReader(checkpoint)
+    from llama.train.checkpoint import SafeReader  # the engine behind it takes 0.8 s to load, and imports need it not
+
+    reader = SafeReader(checkpoint)
     try:
-        stored = reader.read_metadata().state_dict_metadata
+        metadata = reader.read_metadata()
     except FileNotFoundError:
         raise UserError(f"{checkpoint}: is no complete checkpoint (it has no .metadata); choose another step") from None
     except Exception as error:  # a damaged pickle raises anything
         raise UserError(f"{checkpoint}/.metadata: is damaged ({error!r}); choose another step") from error
+    # DCP asks again at each tensor, and the index of a thousand ranks takes seconds to unpickle.
+    reader.read_metadata = lambda *args, **kwargs: metadata  # type: ignore[method-assign]
+    stored = metadata.state_dict_metadata
     shapes = parameter_shapes(config)
     missing = [f"model.{name}" for name in shapes if f"model.{name}" not in stored]
     if missing:

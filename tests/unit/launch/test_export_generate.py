@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +22,9 @@ from launch.generate import starts_with_bos, stream_text
 from llama import hf, recipe
 from llama.config import Model
 from llama.model.llama import Llama
+from llama.train.checkpoint import FORMAT, MANIFEST
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is meant
 VOCABULARY = 400
 CONFIG = Model(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=4, max_position=256)
 Herd = Callable[..., tuple[int, str, str]]
@@ -72,7 +76,9 @@ def run(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint = folder / f"checkpoints/step-{step:08}"
         dcp.save({"model": dict(model.named_parameters())}, checkpoint_id=checkpoint, no_dist=True)
         if step < 30:
-            (checkpoint / "herd.json").write_text("{}")
+            files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+            sums = {name: (len(data), zlib.crc32(data)) for name, data in files.items()}
+            (checkpoint / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": sums}))
     return folder
 
 
@@ -131,6 +137,18 @@ def test_mistakes_of_export_are_one_line(herd: Herd, run: Path, tmp_path: Path) 
     assert herd("export", run)[0] == 2 and herd("export", run, "--to", tmp_path / "x", "--dtype", "int8")[0] == 2
 
 
+def test_a_damaged_checkpoint_is_not_exported(herd: Herd, run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    file = next((folder / "checkpoints/step-00000020").glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1  # one bit of a weight, which nothing but a checksum can see
+    file.write_bytes(data)
+    code, _, error = herd("export", folder, "--to", tmp_path / "out")
+    assert code == 1 and "checksum" in error and "--step" in error and not (tmp_path / "out").exists()
+    assert herd("export", folder, "--to", tmp_path / "out", "--step", 10)[0] == 0
+    assert herd("export", folder, "--to", tmp_path / "unverified", "--no-verify")[0] == 0
+
+
 @pytest.mark.parametrize("verb", ["export", "generate"])
 def test_help_has_an_example(herd: Herd, verb: str) -> None:
     code, out, _ = herd(verb, "--help")
@@ -168,8 +186,6 @@ def test_drawn_text_depends_on_the_seed_alone(herd: Herd, exported: Path) -> Non
 
 def test_generation_ends_at_the_end_of_text(herd: Herd, exported: Path, tmp_path: Path) -> None:
     """With the first greedy token declared an end, only the prompt is left."""
-    import shutil
-
     folder = Path(shutil.copytree(exported, tmp_path / "model"))
     model, ours = transformers.AutoModelForCausalLM.from_pretrained(folder), load_tokenizer(folder)
     first = int(model(torch.tensor([ours.encode("The")])).logits[0, -1].argmax())

@@ -19,6 +19,7 @@ from llama.model.llama import Llama
 from llama.model.rope import inverse_frequencies
 from llama.parallel.shards import fill_parameters
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is meant
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,

@@ -18,6 +18,7 @@ from llama import hf
 from llama.config import Model
 from llama.model.llama import Llama
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is meant
 CONFIG = Model(vocab_size=60, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2)
 
 

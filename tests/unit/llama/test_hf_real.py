@@ -17,7 +17,11 @@ from llama.model.llama import Llama
 from llama.parallel.shards import fill_parameters
 from tests.material import smollm2_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.network]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.network,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
+]
 CHAT = "<|im_start|>user\nWhat is the capital of France?<|im_end|>\n<|im_start|>assistant\n"
 TEXT = "Rotary embedding turns each pair of a head by an angle that grows with the position. " * 12
 
