@@ -63,6 +63,10 @@ def check_inputs(recipe: Recipe) -> None:
         )
     for source in (*recipe.data.train, *recipe.data.validation):
         IndexedDataset(source.path)
+    if recipe.train.init_from:
+        from llama import hf
+
+        hf.checkpoint_reader(recipe.train.init_from, recipe.model)  # reads headers only
     folder = Path(recipe.folder)
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):

@@ -32,6 +32,8 @@ class Device:
     compile_backend: str
     fused_adamw: bool
     """Whether torch's one-kernel AdamW runs here; else the foreach one."""
+    pipeline: bool
+    """Whether ranks can send to each other, as pipelines need."""
     peak_flops: float | None
     """Dense bf16 FLOP/s of one rank; None when nobody publishes it (CPUs), and no MFU is shown then."""
 
@@ -65,7 +67,7 @@ def find_device(wanted: str | None = None) -> Device:
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     kind = wanted or (found.type if found is not None and found.type in ("cuda", "neuron") else "cpu")
     if kind == "cpu":
-        return Device("cpu", "CPU", "gloo", "inductor", True, None)
+        return Device("cpu", "CPU", "gloo", "inductor", True, True, None)
     if found is None or found.type != kind:
         raise ValueError(
             f"no {kind} device here (found {found.type if found else 'only the CPU'}); HERD_DEVICE=cpu runs on the CPU"
@@ -73,9 +75,9 @@ def find_device(wanted: str | None = None) -> Device:
     if kind == "cuda":
         name = torch.cuda.get_device_name()
         peak = next((tera * 1e12 for part, tera in _CUDA_PEAKS if part in name), None)
-        return Device("cuda", name, "cpu:gloo,cuda:nccl", "inductor", True, peak)
+        return Device("cuda", name, "cpu:gloo,cuda:nccl", "inductor", True, True, peak)
     if kind == "neuron":
         generation = os.environ.get("HERD_NODE_TYPE", "trn2")[:4]
         peak = _NEURON_PEAKS.get(generation)
-        return Device("neuron", generation, "cpu:gloo,neuron:neuron", "neuron", False, peak * 1e12 if peak else None)
+        return Device("neuron", generation, "cpu:gloo,neuron:neuron", "neuron", False, False, peak * 1e12 if peak else None)
     raise ValueError(f"device {kind!r} is not one of cpu, cuda, neuron")

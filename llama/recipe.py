@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,6 +14,9 @@ from pydantic import BaseModel, ValidationError
 from data_prep.errors import UserError
 from llama.config import Recipe
 from llama.layout import Layout, layout
+
+if TYPE_CHECKING:  # it loads torch, and a recipe is refused faster without
+    from llama.device import Device
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -162,6 +165,17 @@ def lay_out(recipe: Recipe, world_size: int) -> Layout:
         return layout(recipe, world_size)
     except ValueError as error:
         raise UserError(f"recipe {recipe.name}: {error}", 2) from None
+
+
+def check_device(recipe: Recipe, device: Device) -> None:
+    """Refuse what `device` cannot do, with the nearest layout that works. Raises UserError."""
+    stages = recipe.parallel.pipeline_parallel
+    if stages > 1 and not device.pipeline:
+        raise UserError(
+            f"recipe {recipe.name}: parallel.pipeline_parallel={stages} needs ranks to send to each other, which nobody has "
+            f"shown on {device.type}; set parallel.pipeline_parallel=1 and let FSDP shard over those ranks",
+            2,
+        )
 
 
 def dump(recipe: Recipe) -> str:

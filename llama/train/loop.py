@@ -54,6 +54,7 @@ def train(recipe: Recipe) -> Outcome:
     Every rank calls this after init_process_group. Raises UserError for what the user can mend.
     """
     device = find_device()
+    recipes.check_device(recipe, device)
     layout = recipes.lay_out(recipe, dist.get_world_size())
     folder = prepare_folder(recipe)
     mesh = build_mesh(layout, device.type)
@@ -92,8 +93,7 @@ class Trainer:
     ):
         self.recipe, self.device, self.model, self.optimizer = recipe, device, model, optimizer
         self.checkpoints, self.metrics, self.state, self.stop = checkpoints, metrics, state, stop
-        self.guard = StepGuard(recipe.train.guard)
-        self.guard.skipped = state.skipped_steps
+        self.guard = StepGuard(recipe.train.guard, state)
         self.stopping = False
 
     def run(self, data: Batches, validation: Batches | None) -> Outcome:
@@ -148,7 +148,7 @@ class Trainer:
         loss, norm = loss_sum / max(tokens, 1), squared**0.5 / max(tokens, 1)
 
         lr = learning_rate(state.step, recipe)
-        objection = self.guard.objection(loss, norm) if tokens else "no token of this batch is trained"
+        objection = self.guard.objection(loss, norm, tokens)
         if not objection:
             scale_gradients(named, clip_factor(norm, recipe.optimizer.clip_norm) / tokens)
             for group in self.optimizer.param_groups:
@@ -161,7 +161,6 @@ class Trainer:
         state.step += 1
         state.consumed_samples += recipe.train.global_batch_size
         state.trained_tokens += round(tokens)
-        state.skipped_steps = self.guard.skipped
         return StepReport(
             step=state.step,
             loss=loss,
