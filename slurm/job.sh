@@ -4,16 +4,19 @@
 # Beside the code, which all nodes see; compile.slurm fills it and run.slurm reads it.
 export HERD_ROOT HERD_CACHE=${HERD_CACHE:-$HERD_ROOT/.cache/compile}
 
-train() {
-  local gpus step code=0 hosts options=()
-  if (($# == 0)); then
+need_recipe() { # leaves the script when "$@" does not begin with a recipe
+  if (($# == 0)) || [[ $1 == *=* ]]; then
     echo "herd: no recipe; sbatch --nodes 4 run.slurm ./llama_7b.sh [key=value ...]" >&2
-    return 2
+    exit 2
   fi
   if [[ $1 == *.sh && ! -r $1 ]]; then
     echo "herd: no recipe $1 in $PWD; give its path from the folder where you call sbatch" >&2
-    return 2
+    exit 2
   fi
+}
+
+train() {
+  local gpus step code=0 hosts options=()
   # Ranks are numbered along this list, so the first node holds rank 0 and the meeting point of all.
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   export MASTER_ADDR=${hosts[0]}
