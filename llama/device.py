@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,7 @@ class Device:
     pipeline: bool
     """Whether ranks can send to each other, as pipelines need."""
     peak_flops: float | None
-    """Dense bf16 FLOP/s of one rank; None when nobody publishes it (CPUs), and no MFU is shown then."""
+    """Published dense bf16 FLOP/s of one rank; None where nobody publishes it, as for CPUs."""
 
     def torch(self) -> torch.device:
         """This process's device."""
@@ -51,6 +52,20 @@ class Device:
         """Wait until the device has done what was asked of it."""
         if self.type != "cpu":
             torch.get_device_module(self.type).synchronize()
+
+
+def measure_flops(device: Device, dtype: torch.dtype, seconds: float = 0.15) -> float:
+    """FLOP/s that this rank reaches on matrix products of `dtype`, for devices without a published peak."""
+    side = 512 if device.type == "cpu" else 8192
+    a, out = (torch.ones(side, side, dtype=dtype, device=device.torch()) for _ in range(2))
+    torch.mm(a, a, out=out)  # the first call chooses a kernel
+    device.synchronize()
+    products, started = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - started) < seconds:
+        torch.mm(a, a, out=out)
+        device.synchronize()
+        products += 1
+    return 2 * side**3 * products / elapsed
 
 
 def local_rank() -> int:
@@ -79,5 +94,7 @@ def find_device(wanted: str | None = None) -> Device:
     if kind == "neuron":
         generation = os.environ.get("HERD_NODE_TYPE", "trn2")[:4]
         peak = _NEURON_PEAKS.get(generation)
-        return Device("neuron", generation, "cpu:gloo,neuron:neuron", "neuron", False, False, peak * 1e12 if peak else None)
+        return Device(
+            "neuron", generation, "cpu:gloo,neuron:neuron", "neuron", False, False, peak * 1e12 if peak else None
+        )
     raise ValueError(f"device {kind!r} is not one of cpu, cuda, neuron")

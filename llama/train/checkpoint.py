@@ -13,7 +13,7 @@ import pickle
 import shutil
 import threading
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +48,35 @@ class TrainState:
     order_samples: int = 0
     """Samples that the order was laid out for at the first start."""
     data_fingerprint: str = ""
+    skipped_in_a_row: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    """What the guard compares the next loss with."""
+    recent_norms: list[float] = field(default_factory=list)
+
+
+# The names in torch's checkpoint index. Names, not modules: torch's own modules import others, and "os.system" could be
+# reached through them.
+_INDEX_HOLDS = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
+        "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "device"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"PosixPath"},
+    "pathlib._local": {"PosixPath"},
+    "_codecs": {"encode"},
+}  # fmt: skip
 
 
 class _SafeUnpickler(pickle.Unpickler):
     """Reads torch's checkpoint index, a pickle, and refuses every class that such an index does not hold."""
 
-    _ALLOWED = (
-        "torch.distributed.checkpoint.metadata",
-        "torch.distributed.checkpoint.filesystem",
-        "torch.distributed.checkpoint.planner",
-    )
-
     def find_class(self, module: str, name: str) -> Any:
-        plain = {
-            ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
-            ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"), ("_codecs", "encode"),
-        }  # fmt: skip
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module in self._ALLOWED or (module, name) in plain or dtype:
+        if dtype or name in _INDEX_HOLDS.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"a checkpoint index does not hold {module}.{name}")
 
@@ -76,6 +87,8 @@ class SafeReader(dcp.FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata: Metadata = _SafeUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"a checkpoint index is no {type(metadata).__name__}")
         if getattr(metadata, "storage_meta", None) is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
@@ -101,6 +114,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             raise UserError(
                 f"{checkpoint}: checkpoint format {manifest['format']}, this herd reads {FORMAT}; use the herd that wrote it"
             )
+        shapes = {"state": dict, "model": dict, "files": dict}
+        wrong = [key for key, kind in shapes.items() if not isinstance(manifest[key], kind)]
+        state = set(manifest["state"]) - {f.name for f in fields(TrainState)}
+        if wrong or state:
+            raise ValueError(f"unusable {', '.join(wrong + sorted(state))}")
         return dict(manifest)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -120,10 +138,12 @@ def _checksum(path: Path) -> int:
 def damage(checkpoint: Path, verify: bool, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with a checkpoint's files; with `verify` also checksums of this part of them. None: nothing seen."""
     try:
-        files = read_manifest(checkpoint)["files"]
+        files = sorted((name, int(size), int(crc)) for name, (size, crc) in read_manifest(checkpoint)["files"].items())
     except UserError as error:
         return str(error)
-    for i, (name, (size, crc)) in enumerate(sorted(files.items())):
+    except (TypeError, ValueError):
+        return f"{checkpoint / MANIFEST}: its list of files is damaged"
+    for i, (name, size, crc) in enumerate(files):
         path = checkpoint / name
         if not path.is_file():
             return f"{path} is missing"
@@ -131,6 +151,11 @@ def damage(checkpoint: Path, verify: bool, part: int = 0, parts: int = 1) -> str
             return f"{path} has {path.stat().st_size} bytes instead of {size}"
         if verify and i % parts == part and _checksum(path) != crc:
             return f"{path} does not match its checksum"
+    try:
+        if part == 0:
+            SafeReader(checkpoint).read_metadata()
+    except Exception as error:  # whatever unpickling garbage may raise
+        return f"{checkpoint / '.metadata'} cannot be read: {error}"
     return None
 
 
@@ -140,6 +165,14 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _cause(error: BaseException) -> str:
+    """One line on what went wrong; of torch's report over all ranks the first rank's own error."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
 
 
 def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
@@ -242,7 +275,7 @@ class Checkpoints:
             own += [aside / ".metadata"] if self.rank == 0 else []
             sums: Any = {path.name: (path.stat().st_size, _checksum(path)) for path in own}
         except BaseException as error:
-            sums = f"{type(error).__name__}: {error}".splitlines()[0]
+            sums = _cause(error)
         shares = _gather(sums, self.group)
         if problems := [share for share in shares if isinstance(share, str)]:
             if self.rank == 0:
@@ -318,7 +351,13 @@ class Checkpoints:
                 f"{checkpoint} is of another model (model.{keys}); use the run's own recipe or another run_dir", 2
             )
         tensors = self._tensors()
-        dcp.load(tensors, storage_reader=SafeReader(checkpoint), process_group=self.group, no_dist=self.group is None)
+        reader = SafeReader(checkpoint)
+        try:
+            dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
+        except (Exception, dcp.CheckpointException) as error:
+            raise UserError(
+                f"{checkpoint} cannot be loaded: {_cause(error)}; delete the folder, an older checkpoint is used then"
+            ) from error
         state = TrainState(**manifest["state"])
         copies = {p for _, p in self.model.named_parameters()}
         twins = [p for _, p in self.model.optimized_parameters() if p not in copies]

@@ -11,21 +11,22 @@ from statistics import median
 
 from data_prep.errors import UserError
 from llama.config import Guard
+from llama.train.checkpoint import TrainState
 
 
 class StepGuard:
     """Judges each step before it is taken, counts the skipped ones, and ends the run after too many in a row."""
 
-    def __init__(self, config: Guard):
-        self.config = config
-        self.losses: deque[float] = deque(maxlen=config.window)
-        self.norms: deque[float] = deque(maxlen=config.window)
-        self.skipped = 0
-        self.in_a_row = 0
+    def __init__(self, config: Guard, state: TrainState):
+        self.config, self.state = config, state
+        self.losses: deque[float] = deque(state.recent_losses, config.window)
+        self.norms: deque[float] = deque(state.recent_norms, config.window)
 
-    def objection(self, loss: float, norm: float) -> str | None:
-        """Why the step must not be taken; None when it may."""
-        if not math.isfinite(loss):
+    def objection(self, loss: float, norm: float, tokens: float) -> str | None:
+        """Why the step must not be taken; None when it may. Keeps the count and what is recent in the run's state."""
+        if not tokens:
+            reason = "no token of this batch is trained"
+        elif not math.isfinite(loss):
             reason = f"the loss is {loss}"
         elif not math.isfinite(norm):
             reason = f"the gradient norm is {norm}"
@@ -33,14 +34,15 @@ class StepGuard:
             reason = self._spike("loss", loss, self.losses, self.config.loss_spike) or self._spike(
                 "gradient norm", norm, self.norms, self.config.gradient_spike
             )
-        if not reason:
-            self.losses.append(loss)
-            self.norms.append(norm)
-            self.in_a_row = 0
-            return None
-        self.skipped += 1
-        self.in_a_row += 1
-        return reason
+        if reason:
+            self.state.skipped_steps += 1
+            self.state.skipped_in_a_row += 1
+            return reason
+        self.losses.append(loss)
+        self.norms.append(norm)
+        self.state.recent_losses, self.state.recent_norms = list(self.losses), list(self.norms)
+        self.state.skipped_in_a_row = 0
+        return None
 
     def _spike(self, what: str, value: float, recent: deque[float], factor: float | None) -> str:
         if factor is None or len(recent) < max(1, self.config.window // 4):
@@ -54,9 +56,9 @@ class StepGuard:
 
     def check(self, step: int, reason: str) -> None:
         """Raise UserError when this was one skipped step too many."""
-        if self.in_a_row >= self.config.max_skips:
+        if self.state.skipped_in_a_row >= self.config.max_skips:
             raise UserError(
-                f"stopped at step {step}: {self.in_a_row} steps in a row were skipped, the last because {reason}; "
+                f"stopped at step {step}: {self.state.skipped_in_a_row} steps in a row were skipped, the last because {reason}; "
                 "look at the data of these steps, lower optimizer.lr or lengthen schedule.warmup_steps "
                 "(train.guard.max_skips sets the limit)"
             )

@@ -69,6 +69,7 @@ def train(recipe: Recipe) -> Outcome:
     check_same_data(recipe, state, data)
     metrics = Metrics(recipe, device, layout.world, folder, speaks, state.step)
     metrics.say(describe(recipe, device, model, state if resumed else None))
+    metrics.say(metrics.peak_in_words)
     with StopRequest() as stop:
         trainer = Trainer(recipe, device, model, optimizer, checkpoints, metrics, state, stop)
         try:

@@ -8,9 +8,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from llama.config import Recipe
-from llama.device import Device
+from llama.device import Device, measure_flops
 from llama.model.llama import flops_per_token
+from llama.train.optim import total_over_ranks
 
 
 @dataclass(frozen=True)
@@ -47,19 +51,39 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
+def utilisation_base(recipe: Recipe, device: Device, world: int) -> tuple[float, str]:
+    """FLOP/s of one rank that model FLOPs are compared with, and in words where it comes from.
+
+    Without a published peak: what matrix products reach when all ranks compute them at once, so that ranks which share
+    cores share them here too. Collective then.
+    """
+    if device.peak_flops:
+        return device.peak_flops, f"mfu is relative to {si(device.peak_flops)}FLOP/s, the published bf16 peak of a rank"
+    dtype = torch.float32 if recipe.train.precision == "fp32" else torch.bfloat16
+    if dist.is_initialized():
+        dist.barrier()
+    speed = measure_flops(device, dtype)
+    mean = total_over_ranks(torch.tensor([speed / world], dtype=torch.float64, device=device.torch()))[0]
+    kind = str(dtype).removeprefix("torch.")
+    return mean, (
+        f"mfu is relative to {si(mean)}FLOP/s, a rank's speed in {kind} matrix products measured just now; "
+        f"no peak is published for {device.name}"
+    )
+
+
 class Metrics:
-    """Writes on the first rank only; every rank may call it."""
+    """Writes on the first rank only; every rank may call it. Collective to make: without a published peak it measures."""
 
     def __init__(self, recipe: Recipe, device: Device, world: int, folder: Path, writes: bool, first_step: int):
         self.recipe, self.device, self.world, self.writes = recipe, device, world, writes
-        self.since, self.steps_since, self.data_since = time.perf_counter(), 0, 0.0
-        self.peak = device.peak_flops or None
+        self.peak, self.peak_in_words = utilisation_base(recipe, device, world)
         self.board = None
         if writes and recipe.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Points after the step resumed from belong to a part that was lost: purge_step hides them.
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step or None, flush_secs=10)
+            # Points after the step resumed from belong to a part that was lost: this hides them.
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10)
+        self.restart_clock()
 
     def say(self, text: str) -> None:
         """A line for people, on the first rank."""
@@ -71,7 +95,7 @@ class Metrics:
         self.since, self.steps_since, self.data_since = time.perf_counter(), 0, 0.0
 
     def step(self, report: StepReport, parameter_norm: float | None) -> None:
-        """Record a step; a line and points every log.interval steps, at the last step and at each skipped one."""
+        """Record a step: a line and points every log.interval steps and at the last; a line at each skipped one."""
         self.steps_since += 1
         self.data_since += report.data_time
         if report.skipped:
@@ -98,18 +122,16 @@ class Metrics:
         }
         if parameter_norm is not None:
             values["parameter_norm"] = parameter_norm
-        if self.peak:
-            for name, causal in (("mfu_full", False), ("mfu_causal", True)):
-                values[name] = tokens * flops_per_token(r.model, r.data.seq_length, causal) / self.peak
+        for name, causal in (("mfu_full", False), ("mfu_causal", True)):
+            values[name] = tokens * flops_per_token(r.model, r.data.seq_length, causal) / self.peak
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, report.step)
         left = (r.train.steps - report.step) * step_time
-        mfu = f"  mfu {values['mfu_full']:.1%}" if self.peak else ""
         self.say(
             f"step {report.step:>{len(str(r.train.steps))}}/{r.train.steps}  loss {report.loss:.4f}  "
             f"norm {report.gradient_norm:.3f}  lr {report.lr:.2e}  {step_time:.3g} s/step  "
-            f"{si(tokens * self.world)} tokens/s{mfu}  memory {si(values['memory_peak'])}B  "
+            f"{si(tokens * self.world)} tokens/s  mfu {values['mfu_full']:.1%}  memory {si(values['memory_peak'])}B  "
             f"data {data_time / step_time:.0%}  left {clock(left)}"
         )
         self.restart_clock()

@@ -31,7 +31,9 @@ def build_optimizer(model: ParallelLlama, recipe: Recipe, device: Device) -> tor
     if (
         recipe.train.precision == "bf16_sr" and device.type != "neuron"
     ):  # there the runtime rounds stochastically itself
-        names = {parameter: name for name, parameter in named}
+        # Both copies of a tied embedding round by one name, or they would drift apart.
+        tied = recipe.model.tie_embeddings
+        names = {p: "embed.weight" if tied and name == "head.weight" else name for name, p in named}
         dtype = torch.float32 if config.state_dtype == "float32" else torch.bfloat16
         return StochasticAdamW(groups, config.lr, config.betas, config.eps, dtype, names, recipe.train.seed)
     kind = {"fused": True} if device.fused_adamw else {"foreach": True}
@@ -73,7 +75,9 @@ def squared_norm(tensors: Sequence[torch.Tensor], ranks_of_stage: int) -> torch.
             shards = [d for d, placement in enumerate(tensor.placements) if not placement.is_replicate()]
             pieces = math.prod(tensor.device_mesh.size(d) for d in shards)
         copies.append(ranks_of_stage / pieces)
-    norms = torch.stack(torch._foreach_norm([local_part(tensor)[0] for tensor in tensors])).double()
+    local = [local_part(tensor)[0] for tensor in tensors]
+    wide = torch.promote_types(local[0].dtype, torch.float32)  # a norm of bf16 numbers would be rounded to bf16
+    norms = torch.stack(torch._foreach_norm(local, 2, dtype=wide)).double()
     return (norms.square() / torch.tensor(copies, dtype=torch.float64, device=norms.device)).sum()
 
 
