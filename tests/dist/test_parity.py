@@ -164,6 +164,8 @@ def _expect(ranks: list[dict[str, Any]], reference: dict[str, Any], what: str, t
 def test_layout_equals_one_process(name: str) -> None:
     world, changes = LAYOUTS[name]
     config = recipe(**changes)
+    if config.parallel.pipeline_schedule == "zbv_zero_bubble" and not find_device("cpu").sends_to_itself:
+        pytest.skip("this torch opens a V-shaped pipeline with messages that gloo refuses")
     plain = config.model_copy(update={"parallel": recipe().parallel})
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-9)):
         ranks = harness.run(world, _train, config, dtype)
