@@ -58,7 +58,7 @@ def plan(to: Path, recipe: Recipe) -> list[Part]:
     text_command += ["--vocab-size", str(recipe.model.vocab_size)]
     tokens_command = ["prep", "tokenize", str(text), "--tokenizer", str(tokenizer), "--output", str(tokens)]
     train_command = ["train", RECIPE, "--processes", str(PROCESSES), f"data.train={tokens}", f"run_dir={run}"]
-    sample_command = ["generate", str(model), PROMPT, "--max-tokens", "100", "--temperature", "0.6", "--top-p", "0.9"]
+    sample_command = ["generate", str(model), PROMPT, "--max-tokens", "100", "--temperature", "0.5", "--top-p", "0.9"]
     return [
         Part("text", "Text and its tokenizer", text_command, (text, tokenizer)),
         Part("tokens", "Token file", [*tokens_command, "--overwrite"], (data / "text.bin", data / "text.idx")),

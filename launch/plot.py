@@ -96,13 +96,16 @@ def draw(runs: Mapping[str, Mapping[str, Curve]], to: Path, over: str = "steps")
         axes.grid(alpha=0.25, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.01)
+        axes.set_xlim(left=0)
     panels["lr"].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     panels["lr"].set_ylim(bottom=0)
     panels["lr"].tick_params(labelbottom=False)
     for key in ("loss", "norm"):
         panels[key].set_xlabel(over)
+    low, high = panels["norm"].get_ylim()
+    digits = "125" if high > 10 * low else "123456789"
     for pick in (panels["norm"].yaxis.set_major_formatter, panels["norm"].yaxis.set_minor_formatter):
-        pick(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
+        pick(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in digits else ""))
     panels["loss"].legend(frameon=False, loc="upper right")
     aside = to.with_name(to.name + ".tmp")
     try:
