@@ -17,8 +17,7 @@ _CUDA_PEAKS = (
     ("H100", 989.0),
     ("A100", 312.0),
 )
-# Torch before 2.13 opens a V-shaped pipeline with a rank's message to itself, which gloo refuses.
-_SELF_SEND = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+_ZERO_BUBBLE = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 _NEURON_PEAKS = {"trn2": 667.0 / 4, "trn3": 671.0 / 4}  # per rank: a chip is four logical cores at LNC 2
 
 
@@ -37,8 +36,8 @@ class Device:
     """Whether torch's one-kernel AdamW runs here; else the foreach one."""
     pipeline: bool
     """Whether ranks can send to each other, as pipelines need."""
-    sends_to_itself: bool
-    """Whether a rank can send to itself, as V-shaped pipelines do at first: gloo can not."""
+    zero_bubble: bool
+    """Whether zero-bubble pipelines run: torch before 2.13 cannot split the backward of a custom autograd function."""
     peak_flops: float | None
     """Published dense bf16 FLOP/s of one rank; None where nobody publishes it, as for CPUs."""
 
@@ -86,7 +85,7 @@ def find_device(wanted: str | None = None) -> Device:
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     kind = wanted or (found.type if found is not None and found.type in ("cuda", "neuron") else "cpu")
     if kind == "cpu":
-        return Device("cpu", "CPU", "gloo", "inductor", True, True, _SELF_SEND, None)
+        return Device("cpu", "CPU", "gloo", "inductor", True, True, _ZERO_BUBBLE, None)
     if found is None or found.type != kind:
         raise ValueError(
             f"no {kind} device here (found {found.type if found else 'only the CPU'}); HERD_DEVICE=cpu runs on the CPU"
@@ -94,7 +93,7 @@ def find_device(wanted: str | None = None) -> Device:
     if kind == "cuda":
         name = torch.cuda.get_device_name()
         peak = next((tera * 1e12 for part, tera in _CUDA_PEAKS if part in name), None)
-        return Device("cuda", name, "cpu:gloo,cuda:nccl", "inductor", True, True, True, peak)
+        return Device("cuda", name, "cpu:gloo,cuda:nccl", "inductor", True, True, _ZERO_BUBBLE, peak)
     if kind == "neuron":
         generation = os.environ.get("HERD_NODE_TYPE", "trn2")[:4]
         peak = _NEURON_PEAKS.get(generation)

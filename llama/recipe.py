@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from data_prep.errors import UserError
-from llama.config import Recipe
+from llama.config import ZERO_BUBBLE, Recipe
 from llama.layout import Layout, layout
 
 if TYPE_CHECKING:  # it loads torch, and a recipe is refused faster without
@@ -176,10 +176,10 @@ def check_device(recipe: Recipe, device: Device) -> None:
             f"shown on {device.type}; set parallel.pipeline_parallel=1 and let FSDP shard over those ranks",
             2,
         )
-    if stages > 1 and recipe.parallel.pipeline_schedule == "zbv_zero_bubble" and not device.sends_to_itself:
+    if stages > 1 and recipe.parallel.pipeline_schedule in ZERO_BUBBLE and not device.zero_bubble:
         raise UserError(
-            f"recipe {recipe.name}: parallel.pipeline_schedule=zbv_zero_bubble sends from a rank to itself, which this torch "
-            f"cannot on {device.type}; use interleaved_zero_bubble, or torch 2.13",
+            f"recipe {recipe.name}: parallel.pipeline_schedule={recipe.parallel.pipeline_schedule} needs torch 2.13 or newer; "
+            "use interleaved_1f1b, or another torch",
             2,
         )
 

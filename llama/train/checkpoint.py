@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from data_prep.errors import UserError
 from llama.config import Recipe
@@ -197,7 +197,7 @@ class Checkpoints:
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.thread: threading.Thread | None = None
         self.failure: BaseException | None = None
-        self.stager = DefaultStager(StagingOptions(False, False, False, False))
+        self.stager = BlockingAsyncStager()
 
     def _tensors(self) -> dict[str, Any]:
         """Weights and moments by the key they are saved under; moments are made when there are none yet."""

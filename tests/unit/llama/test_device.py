@@ -8,10 +8,12 @@ import pytest
 
 from data_prep.errors import UserError
 from llama import recipe as recipes
+from llama.config import Recipe
 from llama.device import find_device
 from tests.dist.layouts import recipe
 
 PIPED = recipe(parallel__pipeline_parallel=2)
+LOOPED = recipe(parallel__pipeline_parallel=2, parallel__pipeline_schedule="interleaved_zero_bubble")
 V_SHAPED = recipe(parallel__pipeline_parallel=2, parallel__pipeline_schedule="zbv_zero_bubble")
 
 
@@ -24,11 +26,12 @@ def test_a_pipeline_is_refused_where_ranks_cannot_send() -> None:
     assert error.value.code == 2 and "\n" not in str(error.value)
 
 
-def test_a_v_schedule_is_refused_where_a_rank_cannot_send_to_itself() -> None:
-    old = dataclasses.replace(find_device("cpu"), sends_to_itself=False)
+@pytest.mark.parametrize("config", [V_SHAPED, LOOPED])
+def test_zero_bubble_is_refused_on_an_older_torch(config: Recipe) -> None:
+    old = dataclasses.replace(find_device("cpu"), zero_bubble=False)
     recipes.check_device(PIPED, old)
-    with pytest.raises(UserError, match=r"use interleaved_zero_bubble, or torch 2\.13"):
-        recipes.check_device(V_SHAPED, old)
+    with pytest.raises(UserError, match=r"needs torch 2\.13 or newer; use interleaved_1f1b"):
+        recipes.check_device(config, old)
 
 
 def test_a_device_that_is_not_there_is_named() -> None:
