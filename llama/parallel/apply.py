@@ -1,7 +1,7 @@
 """The one place that says in which order the techniques are laid over the network.
 
-Pipeline splits the layers first of all; then, on each stage: tensor/sequence → activation checkpointing → compile per
-block → FSDP/HSDP → memory → weights.
+Pipeline splits the layers first of all; then, on each stage: tensor/sequence → selective checkpointing → compile per
+block → full checkpointing → FSDP/HSDP → memory → weights.
 """
 
 from __future__ import annotations
@@ -116,10 +116,12 @@ def parallelize(
             part.head.loss_chunk = t.loss_chunk
         if p.tensor_parallel > 1:
             tensor_parallel(part, mesh.tp, p.sequence_parallel)
-        if t.activation_checkpointing != "none":
-            recompute(part, t.activation_checkpointing)
+        if t.activation_checkpointing == "selective":  # inside the graph, whose operators it chooses from
+            recompute(part, "selective")
         if t.compile:
             compile_blocks(part, device.compile_backend)
+        if t.activation_checkpointing == "full":  # round it: inside, torch 2.13 fails under tensor parallelism
+            recompute(part, "full")
         if sharded:
             shard(part, mesh.fsdp, t.precision, p.reshard)
         part.to_empty(device=device.torch())
