@@ -23,7 +23,13 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 LLAMA_8B = dict(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32, num_kv_heads=8, rope_theta=5e5
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_layers=32,
+    num_heads=32,
+    num_kv_heads=8,
+    rope_theta=5e5,
 )
 LLAMA_1B = dict(
     vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_layers=16, num_heads=32, num_kv_heads=8, rope_theta=5e5,
@@ -75,12 +81,12 @@ def ours(shape: str, seq: int, batch: int, steps: int, compile_blocks: bool) -> 
     import torch
     import torch.distributed as dist
 
+    from llama.checkpoint_format import TrainState
     from llama.data.batches import Batch
     from llama.device import find_device
     from llama.layout import layout
     from llama.parallel.apply import parallelize
     from llama.parallel.mesh import build_mesh
-    from llama.train.checkpoint import TrainState
     from llama.train.loop import Trainer
     from llama.train.optim import build_optimizer
     from llama.train.signals import StopRequest
@@ -242,7 +248,10 @@ def main() -> None:
                     row[side] = {"error": rounds[side][0]["error"]}
                     continue
                 speed = statistics.median(r["tokens_per_second"] for r in runs)
-                row[side] = {"tokens_per_second": speed, "peak_memory": statistics.median(r["peak_memory"] for r in runs)}
+                row[side] = {
+                    "tokens_per_second": speed,
+                    "peak_memory": statistics.median(r["peak_memory"] for r in runs),
+                }
                 if about["peak_flops"]:
                     config = Model.model_validate({**keys, "max_position": max(seq, 8192)})
                     for name, causal in (("mfu_full", False), ("mfu_causal", True)):
@@ -251,7 +260,8 @@ def main() -> None:
                 row["speed_ratio"] = row["herd"]["tokens_per_second"] / row["transformers"]["tokens_per_second"]
                 row["memory_ratio"] = row["herd"]["peak_memory"] / row["transformers"]["peak_memory"]
                 row["loss_gap"] = max(
-                    abs(a - b) for a, b in zip(good["herd"][0]["losses"], good["transformers"][0]["losses"], strict=True)
+                    abs(a - b)
+                    for a, b in zip(good["herd"][0]["losses"], good["transformers"][0]["losses"], strict=True)
                 )
             results.append(row)
             shown = {k: v for k, v in row.items() if k != "rounds"}

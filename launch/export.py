@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def _checkpoint(run: Path, step: int | None) -> Path:
     """The checkpoint of `step`, or the newest; UserError when it is not there."""
-    from llama.train.checkpoint import complete, step_of
+    from llama.checkpoint_format import complete, step_of
 
     found = {step_of(checkpoint): checkpoint for checkpoint in complete(run)}
     if not found:
@@ -74,8 +74,8 @@ def command(
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: has no recipe.yaml; give a run folder, such as runs/tiny_cpu", 2)
     from llama import hf
+    from llama.checkpoint_format import damage
     from llama.recipe import load
-    from llama.train.checkpoint import damage
 
     recipe = load(str(run / "recipe.yaml"))
     checkpoint = _checkpoint(run, step)

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,13 +142,25 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except Exception:
+        if not joined() or first_to_fail():  # else it is most likely a peer's end that this rank ran into
+            traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def joined() -> bool:
+    """Whether this process has met the others."""
+    import torch.distributed as dist
+
+    return bool(dist.is_initialized())
 
 
 def first_to_fail() -> bool:
     """Whether no other rank has reported an error yet; before the ranks are joined the first rank speaks."""
     import torch.distributed as dist
 
-    if not dist.is_initialized():
+    if not joined():
         return os.environ.get("RANK", "0") == "0"
     store = dist.distributed_c10d._get_default_store()
     return bool(store.add("herd/errors", 1) == 1)

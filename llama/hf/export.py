@@ -37,7 +37,7 @@ Reader = Callable[[str], torch.Tensor]
 
 def _open_checkpoint(checkpoint: Path, config: Model) -> Reader:
     """Reads one parameter at a time from a DCP folder; UserError unless all that the model needs is there."""
-    from llama.train.checkpoint import SafeReader  # the engine behind it takes 0.8 s to load, and imports need it not
+    from llama.checkpoint_format import SafeReader  # the engine behind it takes 0.8 s to load, and imports need it not
 
     reader = SafeReader(checkpoint)
     try:

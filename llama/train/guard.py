@@ -10,8 +10,8 @@ from collections import deque
 from statistics import median
 
 from data_prep.errors import UserError
+from llama.checkpoint_format import TrainState
 from llama.config import Guard
-from llama.train.checkpoint import TrainState
 
 
 class StepGuard:

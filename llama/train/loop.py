@@ -14,6 +14,7 @@ import torch.distributed as dist
 from data_prep.errors import UserError
 from llama import hf
 from llama import recipe as recipes
+from llama.checkpoint_format import TrainState
 from llama.config import Recipe
 from llama.data.batches import IGNORED, Batch, Batches
 from llama.data.build import build_data
@@ -22,7 +23,7 @@ from llama.model.llama import count_parameters
 from llama.parallel.apply import ParallelLlama, parallelize
 from llama.parallel.mesh import build_mesh
 from llama.parallel.shards import Box
-from llama.train.checkpoint import Checkpoints, TrainState
+from llama.train.checkpoint import Checkpoints
 from llama.train.guard import StepGuard
 from llama.train.metrics import Metrics, StepReport, si
 from llama.train.optim import (

@@ -19,7 +19,7 @@ from llama.config import Recipe
 from llama.data.batches import Batch
 from llama.parallel.shards import Box, local_part
 from llama.train import loop
-from llama.train.checkpoint import TrainState
+from llama.checkpoint_format import TrainState
 from llama.train.metrics import StepReport
 from tests.dist.layouts import VOCAB, recipe
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from llama.config import Recipe
-from llama.train.checkpoint import MANIFEST, SafeReader, complete, damage, step_of
+from llama.checkpoint_format import MANIFEST, SafeReader, complete, damage, step_of
 from tests.dist import harness
 from tests.dist.runs import Record, run_recipe, spied_train, write_tokens
 

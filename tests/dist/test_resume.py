@@ -16,7 +16,8 @@ from llama.device import find_device
 from llama.parallel.apply import parallelize
 from llama.parallel.mesh import build_mesh
 from llama.recipe import lay_out
-from llama.train.checkpoint import Checkpoints, TrainState, complete, step_of
+from llama.checkpoint_format import TrainState, complete, step_of
+from llama.train.checkpoint import Checkpoints
 from llama.train.optim import build_optimizer
 from tests.dist import harness
 from tests.dist.layouts import recipe

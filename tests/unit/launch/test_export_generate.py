@@ -20,9 +20,9 @@ from data_prep.tokenizers import Tokenizer, load_tokenizer
 from launch import cli
 from launch.generate import starts_with_bos, stream_text
 from llama import hf, recipe
+from llama.checkpoint_format import FORMAT, MANIFEST
 from llama.config import Model
 from llama.model.llama import Llama
-from llama.train.checkpoint import FORMAT, MANIFEST
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is meant
 VOCABULARY = 400

@@ -7,8 +7,8 @@ import math
 import pytest
 
 from data_prep.errors import UserError
+from llama.checkpoint_format import TrainState
 from llama.config import Guard
-from llama.train.checkpoint import TrainState
 from llama.train.guard import StepGuard
 
 
