@@ -78,7 +78,7 @@ def run(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         if step < 30:
             files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
             sums = {name: (len(data), zlib.crc32(data)) for name, data in files.items()}
-            (checkpoint / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": sums}))
+            (checkpoint / MANIFEST).write_text(json.dumps({"format": FORMAT, "state": {}, "model": {}, "files": sums}))
     return folder
 
 
