@@ -124,6 +124,9 @@ class Trainer:
             if state.step != saved and (recipe.checkpoint.at_end or self.stopping):
                 self.save()
             self.checkpoints.wait()
+        except UserError:
+            self.checkpoints.wait()  # the process ends without waiting for threads
+            raise
         finally:
             gc.enable()
             batches.close()

@@ -15,11 +15,11 @@ import torch
 
 from data_prep.errors import UserError
 from data_prep.indexed import IndexedWriter
+from llama.checkpoint_format import TrainState
 from llama.config import Recipe
 from llama.data.batches import Batch
 from llama.parallel.shards import Box, local_part
 from llama.train import loop
-from llama.checkpoint_format import TrainState
 from llama.train.metrics import StepReport
 from tests.dist.layouts import VOCAB, recipe
 

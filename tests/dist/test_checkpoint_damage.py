@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from llama.config import Recipe
 from llama.checkpoint_format import MANIFEST, SafeReader, complete, damage, step_of
+from llama.config import Recipe
 from tests.dist import harness
 from tests.dist.runs import Record, run_recipe, spied_train, write_tokens
 

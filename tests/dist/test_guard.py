@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llama.checkpoint_format import complete, step_of
 from llama.config import Recipe
 from llama.parallel.shards import local_part
 from llama.train import loop
@@ -55,12 +56,13 @@ def test_nan_on_one_rank_is_skipped_by_all_and_changes_no_weight(
 
 
 def test_too_many_skips_in_a_row_end_the_run_with_one_clear_error(tmp_path: Path) -> None:
-    guard = {"train__guard": {"max_skips": 2}, "train__steps": 9, "checkpoint__interval": 0}
+    guard = {"train__guard": {"max_skips": 2}, "train__steps": 9, "checkpoint__interval": 4}
     config = run_recipe(tmp_path, write_tokens(tmp_path), **guard)
     for record, _ in harness.run(2, _poisoned, config, (2, 4, 5)):
         assert len(record.reports) == 5
         assert record.error is not None and "stopped at step 5: 2 steps in a row were skipped" in record.error
         assert "optimizer.lr" in record.error and "\n" not in record.error
+    assert [step_of(folder) for folder in complete(tmp_path)] == [4]  # what was being written is on disk
 
 
 def _without_gradient(rank: int, config: Recipe) -> str:
