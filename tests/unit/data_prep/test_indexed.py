@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import pickle
 import struct
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,12 @@ from hypothesis import strategies as st
 from data_prep import indexed
 from data_prep.errors import UserError
 from data_prep.indexed import IndexedDataset, IndexedWriter, token_dtype
+from tests.oracles import oracle
 
 
 @pytest.fixture(scope="session")
 def megatron() -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pytest.importorskip("megatron.core.datasets.indexed_dataset", reason="megatron-core is not installed")
+    return oracle("megatron.core.datasets.indexed_dataset")
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: Any = np.uint16) -> str:

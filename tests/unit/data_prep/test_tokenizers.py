@@ -15,6 +15,7 @@ from data_prep.demo_text import train_tokenizer
 from data_prep.errors import UserError
 from data_prep.tokenizers import LLAMA3_SPLIT, Tokenizer, load_tokenizer
 from tests import material
+from tests.oracles import oracle
 
 LANGUAGES = """\
 All human beings are born free and equal in dignity and rights; they're endowed with reason, and it's 1948-12-10.
@@ -158,7 +159,7 @@ def test_decoding_gives_the_text_back(load: Callable[[str], Tokenizer], name: st
 
 @pytest.mark.parametrize("name", ALL)
 def test_transformers_reads_the_export_alike(load: Callable[[str], Tokenizer], tmp_path: Path, name: str) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = oracle("transformers")
     ours = load(name)
     ours.save_for_transformers(tmp_path)
     for in_a_checkpoint in (True,) if name.startswith("llama3") else (False, True):  # Llama-3's takes seconds to load
@@ -177,7 +178,7 @@ def test_transformers_reads_the_export_alike(load: Callable[[str], Tokenizer], t
 
 
 def test_the_export_adds_bos_as_asked(small: Path, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    transformers = oracle("transformers")
     ours = load_tokenizer(small)
     for add_bos in (True, False):
         ours.save_for_transformers(tmp_path / str(add_bos), add_bos=add_bos)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data_prep.indexed import IndexedWriter
+from tests.oracles import oracle
 
 EOD = 0
 
@@ -35,12 +36,10 @@ def token_file(tmp_path: Path) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def megatron() -> SimpleNamespace:
     """The parts of megatron-core's data layer that the tests compare with."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gpt = pytest.importorskip("megatron.core.datasets.gpt_dataset", reason="megatron-core is not installed")
-        builder = pytest.importorskip("megatron.core.datasets.blended_megatron_dataset_builder")
-        helpers = pytest.importorskip("megatron.core.datasets.helpers")
-        utils = pytest.importorskip("megatron.core.datasets.utils")
+    gpt = oracle("megatron.core.datasets.gpt_dataset")
+    builder = oracle("megatron.core.datasets.blended_megatron_dataset_builder")
+    helpers = oracle("megatron.core.datasets.helpers")
+    utils = oracle("megatron.core.datasets.utils")
 
     def config(**options: Any) -> Any:
         base = {
