@@ -51,7 +51,6 @@ class Record:
     reports: list[StepReport] = field(default_factory=list)
     samples: dict[int, int] = field(default_factory=dict)
     """Absolute sample number to a checksum of the tokens and labels that came under it."""
-    initial: dict[str, torch.Tensor] = field(default_factory=dict)
     weights: dict[str, tuple[Box, torch.Tensor]] = field(default_factory=dict)
     """What this rank holds at the end, with its place in the whole."""
     error: str | None = None
@@ -97,7 +96,6 @@ def spied_train(rank: int, config: Recipe, act: Any = None) -> Record:
             super().__init__(*args)
             self.record = record
             trainers.append(self)
-            record.initial = {n: local_part(p)[0].detach().clone() for n, p in self.model.optimized_parameters()}
 
     Recorder.act = act
     before, loop.Trainer = loop.Trainer, Recorder  # type: ignore[misc]
