@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from llama.config import Recipe
 from llama.device import Device, measure_flops
 from llama.model.llama import flops_per_token
 from llama.train.optim import total_over_ranks
+from llama.train.screen import Screen
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Metrics:
     """Writes on the first rank only; every rank may call it. Collective to make: without a published peak it measures."""
 
     def __init__(self, recipe: Recipe, device: Device, world: int, folder: Path, writes: bool, first_step: int):
-        self.recipe, self.device, self.world, self.writes = recipe, device, world, writes
+        self.recipe, self.device, self.world = recipe, device, world
         self.peak, self.peak_in_words = utilisation_base(recipe, device, world)
         self.board = None
         if writes and recipe.log.tensorboard:
@@ -83,12 +83,12 @@ class Metrics:
 
             # Points after the step resumed from belong to a part that was lost: this hides them.
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10)
+        self.screen = Screen(writes, first_step, recipe.train.steps)
         self.restart_clock()
 
     def say(self, text: str) -> None:
         """A line for people, on the first rank."""
-        if self.writes:
-            print(text, flush=True)
+        self.screen.say(text)
 
     def restart_clock(self) -> None:
         """Leave what happened since the last line (validation, saving) out of the next step's time."""
@@ -128,11 +128,12 @@ class Metrics:
             for name, value in values.items():
                 self.board.add_scalar(name, value, report.step)
         left = (r.train.steps - report.step) * step_time
-        self.say(
-            f"step {report.step:>{len(str(r.train.steps))}}/{r.train.steps}  loss {report.loss:.4f}  "
-            f"norm {report.gradient_norm:.3f}  lr {report.lr:.2e}  {step_time:.3g} s/step  "
+        self.screen.step(
+            report.step,
+            f"loss {report.loss:.4f}  norm {report.gradient_norm:.3f}  lr {report.lr:.2e}  {step_time:.3g} s/step  "
             f"{si(tokens * self.world)} tokens/s  mfu {values['mfu_full']:.1%}  memory {si(values['memory_peak'])}B  "
-            f"data {data_time / step_time:.0%}  left {clock(left)}"
+            f"data {data_time / step_time:.0%}",
+            clock(left),
         )
         self.restart_clock()
 
@@ -150,4 +151,4 @@ class Metrics:
         """Flush what is recorded."""
         if self.board is not None:
             self.board.close()
-        sys.stdout.flush()
+        self.screen.close()
