@@ -16,6 +16,7 @@ from data_prep.errors import UserError
 
 if TYPE_CHECKING:
     from llama.config import Recipe
+    from llama.device import Device
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -30,7 +31,7 @@ def command(recipe: str, overrides: tuple[str, ...], processes: int | None) -> N
     \b
     herd train tiny_cpu --processes 2
     herd train tiny_cpu -n 4 parallel.tensor_parallel=2 train.steps=50 run_dir=runs/tp2
-    torchrun --nproc-per-node 8 -m launch.train llama3_8b_gpu
+    torchrun --nproc-per-node 8 -m launch.train llama3.1_8b_gpu
     """
     from llama import recipe as recipes
 
@@ -51,10 +52,20 @@ def command(recipe: str, overrides: tuple[str, ...], processes: int | None) -> N
 
 
 def local_devices() -> int:
-    """Accelerators of this machine; 1 where there is only a CPU."""
+    """Accelerators of this machine; 1 where there is only a CPU, or where HERD_DEVICE asks for it."""
     import torch
 
-    return torch.accelerator.device_count() if torch.accelerator.is_available() else 1
+    return 1 if found_device().type == "cpu" else torch.accelerator.device_count()
+
+
+def found_device() -> Device:
+    """The device to run on; UserError when the one asked for is not there."""
+    from llama.device import find_device
+
+    try:
+        return find_device()
+    except ValueError as error:
+        raise UserError(str(error), 2) from None
 
 
 def check_inputs(recipe: Recipe) -> None:
@@ -113,13 +124,10 @@ def work(recipe: Recipe) -> None:
     import torch
     import torch.distributed as dist
 
-    from llama.device import find_device, local_rank
+    from llama.device import local_rank
     from llama.train.loop import train
 
-    try:
-        device = find_device()
-    except ValueError as error:
-        raise UserError(str(error), 2) from None
+    device = found_device()
     if device.type != "cpu":
         torch.get_device_module(device.type).set_device(local_rank())
     if "RANK" in os.environ:
