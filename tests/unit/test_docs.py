@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 import shlex
 from pathlib import Path
@@ -114,3 +115,10 @@ def test_functions_that_the_engine_s_page_points_to_are_there() -> None:
     sources = "\n".join(path.read_text() for package in ("llama", "launch") for path in (ROOT / package).rglob("*.py"))
     for name in ("reshard", "settle_gradients", "squared_norm", "SharedVocabulary", "TiedEnds", "SafeReader"):
         assert f"`{name}" in _text("docs/engine.md") and re.search(rf"(def|class) {name}\b", sources), name
+
+
+def test_every_test_file_is_collected(pytestconfig: pytest.Config) -> None:
+    """pytest passes over some folder names by itself, `dist` among them: then nothing fails because nothing runs."""
+    passed_over = pytestconfig.getini("norecursedirs")
+    folders = {part for path in (ROOT / "tests").rglob("test_*.py") for part in path.relative_to(ROOT).parts[:-1]}
+    assert not [f for f in folders for pattern in passed_over if fnmatch.fnmatch(f, pattern)]
