@@ -88,6 +88,8 @@ def _resumed(folder: Path, at: int, target: Path) -> Path:
 def test_a_run_goes_on_over_another_layout(
     saved: str, tied: bool, resumed: str, uninterrupted: Any, prefix: str, tmp_path: Path
 ) -> None:
+    if "zbv" in resumed and not find_device("cpu").zero_bubble:
+        pytest.skip("zero-bubble pipelines need torch 2.13 or newer")
     folder, whole = uninterrupted(saved, tied)
     world, changes = LAYOUTS[resumed]
     config = run_recipe(
