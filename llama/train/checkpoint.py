@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor
 
 from data_prep.errors import UserError
 from llama.checkpoint_format import (
@@ -51,6 +52,13 @@ def _cause(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     text = str(error).strip() or type(error).__name__
     return text.splitlines()[0]
+
+
+def _out_of_space(folder: Path, tensors: dict[str, Any]) -> str | None:
+    """What to say when `folder` cannot hold this rank's part: torch's zip writer tells a full disk as a wrong position."""
+    own = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+    needed, free = sum(t.nbytes for t in own), shutil.disk_usage(folder).free
+    return f"No space left on device: {free:,} bytes are free, a rank writes {needed:,}" if free < needed else None
 
 
 def _gather(value: Any, group: dist.ProcessGroup | None) -> list[Any]:
@@ -153,7 +161,7 @@ class Checkpoints:
             own += [aside / ".metadata"] if self.rank == 0 else []
             sums: Any = {path.name: (path.stat().st_size, checksum(path)) for path in own}
         except BaseException as error:
-            sums = _cause(error)
+            sums = _out_of_space(aside, tensors) or _cause(error)
         shares = _gather(sums, self.group)
         if problems := [share for share in shares if isinstance(share, str)]:
             if self.rank == 0:
