@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def _checkpoint(run: Path, step: int | None) -> Path:
     """The checkpoint of `step`, or the newest; UserError when it is not there."""
-    from llama.checkpoint_format import complete, step_of
+    from llama.run_folder import complete, step_of
 
     found = {step_of(checkpoint): checkpoint for checkpoint in complete(run)}
     if not found:

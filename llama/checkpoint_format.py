@@ -19,10 +19,10 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from data_prep.errors import UserError
+from llama.run_folder import MANIFEST
 
-MANIFEST = "herd.json"
 FORMAT = 1
-PREFIX, ASIDE = "step-", ".writing"
+ASIDE = ".writing"
 
 
 @dataclass
@@ -86,17 +86,6 @@ class SafeReader(dcp.FileSystemReader):
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id  # type: ignore[union-attr]
         return metadata
-
-
-def complete(folder: Path) -> list[Path]:
-    """Finished checkpoints of a run folder, oldest first."""
-    found = (folder / "checkpoints").glob(f"{PREFIX}*/{MANIFEST}")
-    return sorted(path.parent for path in found if path.parent.name[len(PREFIX) :].isdigit())
-
-
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint folder is named for."""
-    return int(checkpoint.name[len(PREFIX) :])
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

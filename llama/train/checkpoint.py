@@ -24,18 +24,15 @@ from data_prep.errors import UserError
 from llama.checkpoint_format import (
     ASIDE,
     FORMAT,
-    MANIFEST,
-    PREFIX,
     SafeReader,
     TrainState,
     checksum,
-    complete,
     damage,
     read_manifest,
-    step_of,
 )
 from llama.config import Recipe
 from llama.parallel.apply import ParallelLlama
+from llama.run_folder import MANIFEST, PREFIX, complete, step_of
 
 
 def _sync(path: Path) -> None:

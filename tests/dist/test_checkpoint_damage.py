@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from llama.checkpoint_format import MANIFEST, SafeReader, complete, damage, step_of
+from llama.checkpoint_format import SafeReader, damage
 from llama.config import Recipe
+from llama.run_folder import MANIFEST, complete, step_of
 from tests.dist import harness
 from tests.dist.runs import Record, run_recipe, spied_train, write_tokens
 

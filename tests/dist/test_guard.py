@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llama.checkpoint_format import complete, step_of
 from llama.config import Recipe
 from llama.parallel.shards import local_part
+from llama.run_folder import complete, step_of
 from llama.train import loop
 from tests.dist import harness
 from tests.dist.runs import Record, run_recipe, spied_train, write_tokens

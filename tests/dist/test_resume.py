@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from llama.checkpoint_format import TrainState, complete, step_of
+from llama.checkpoint_format import TrainState
 from llama.config import Recipe
 from llama.device import find_device
 from llama.parallel.apply import parallelize
 from llama.parallel.mesh import build_mesh
 from llama.recipe import lay_out
+from llama.run_folder import complete, step_of
 from llama.train.checkpoint import Checkpoints
 from llama.train.optim import build_optimizer
 from tests.dist import harness

@@ -20,9 +20,10 @@ from data_prep.tokenizers import Tokenizer, load_tokenizer
 from launch import cli
 from launch.generate import starts_with_bos, stream_text
 from llama import hf, recipe
-from llama.checkpoint_format import FORMAT, MANIFEST
+from llama.checkpoint_format import FORMAT
 from llama.config import Model
 from llama.model.llama import Llama
+from llama.run_folder import MANIFEST
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # one process is meant
 VOCABULARY = 400
