@@ -18,6 +18,14 @@ VERBS = {
     ),
     "export": ("launch.export", "Checkpoint to a Hugging Face directory: herd export runs/tiny --to exported"),
     "generate": ("launch.generate", 'Continue a prompt: herd generate exported "Once upon a time"'),
+    "submit": ("launch.submit", "Check a recipe and submit it to Slurm: herd submit ./llama_7b.sh --nodes 4"),
+    "status": ("launch.status", "How runs stand, in words: herd status, or herd status runs/llama2_7b_gpu"),
+    "tail": ("launch.tail", "Follow what a node of a run prints: herd tail runs/llama2_7b_gpu --node 1"),
+    "stop": ("launch.stop", "A run saves and ends: herd stop runs/llama2_7b_gpu"),
+    "resume": (
+        "launch.resume",
+        "Submit a run again, on other nodes if asked: herd resume runs/llama2_7b_gpu --nodes 8",
+    ),
     "plot": ("launch.plot", "Draw loss curves of runs: herd plot runs/a runs/b --to curves.png"),
 }
 
