@@ -89,14 +89,19 @@ def ours(shape: str, seq: int, batch: int, steps: int, compile_blocks: bool) -> 
     from llama.parallel.mesh import build_mesh
     from llama.train.loop import Trainer
     from llama.train.optim import build_optimizer
+    from llama.run_folder import RunFolder
     from llama.train.signals import StopRequest
+    from llama.train.watchdog import Watchdog
 
     device = find_device()
     dist.init_process_group(device.communication, store=dist.HashStore(), rank=0, world_size=1)
     config = recipe(shape, seq, batch, steps, compile_blocks)
     model = parallelize(config, build_mesh(layout(config, 1), device.type), device)
     optimizer = build_optimizer(model, config, device)
-    trainer = Trainer(config, device, model, optimizer, None, None, TrainState(), StopRequest())  # type: ignore[arg-type]
+    trainer = Trainer(
+        config, device, model, optimizer, SimpleNamespace(seconds=0.0), None, TrainState(), StopRequest(),  # type: ignore[arg-type]
+        Watchdog(RunFolder(Path()), 0, 0, [], 0.0),
+    )  # fmt: skip
     positions = torch.arange(seq, dtype=torch.int32).repeat(batch, 1)
     one_document = torch.zeros(batch, seq, dtype=torch.int32)
     data = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import os
 import signal
@@ -17,6 +19,8 @@ from data_prep.errors import UserError
 if TYPE_CHECKING:
     from llama.config import Recipe
     from llama.device import Device
+    from llama.run_folder import Kind
+    from llama.train.signals import StopRequest
 
 
 @click.command(context_settings={"ignore_unknown_options": False})
@@ -121,6 +125,8 @@ def start(processes: int, arguments: list[str]) -> None:
 
 def work(recipe: Recipe) -> None:
     """This process's part of the run: join the others, train, leave."""
+    from datetime import timedelta
+
     import torch
     import torch.distributed as dist
 
@@ -130,48 +136,107 @@ def work(recipe: Recipe) -> None:
     device = found_device()
     if device.type != "cpu":
         torch.get_device_module(device.type).set_device(local_rank())
+    limits = recipe.resilience
+    # Longer than the watchdog waits, which knows more than that a collective took too long.
+    patience = timedelta(seconds=max(limits.hang_timeout, limits.first_step_timeout, 1800) + 120)
     if "RANK" in os.environ:
-        dist.init_process_group(device.communication)
+        dist.init_process_group(device.communication, timeout=patience)
     else:
         dist.init_process_group(device.communication, store=dist.HashStore(), rank=0, world_size=1)
-    train(recipe)
+    train(recipe, listening)
     dist.destroy_process_group()
 
 
+listening: StopRequest | None = None
+"""Hears signals from the start of a process that torchrun started, long before training does."""
+
+
 def main() -> None:
-    """What torchrun starts: like the command, but of an error that many ranks meet only the first is printed."""
+    """What torchrun starts: like the command, but of an error that many ranks meet only the first is printed.
+
+    Each rank that fails leaves in the run folder why, for whoever decides what comes next (launch/job.py).
+    """
+    global listening
+    from llama.train.signals import StopRequest
+
+    listening = StopRequest.of_job().__enter__()
     try:
         command(standalone_mode=False)
-    except UserError as error:
-        if first_to_fail():
-            click.echo(f"herd: {error}", err=True)
-        sys.stderr.flush()
-        os._exit(error.code)  # without waiting for threads or peers: torchrun ends those
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except Exception:
-        if not joined() or first_to_fail():  # else it is most likely a peer's end that this rank ran into
+    except Exception as error:
+        order = failing_order()
+        first = order == 1 or (order == 0 and os.environ.get("RANK", "0") == "0")
+        text, code = explain(error)
+        leave_word(error, text, order)
+        if text is not None:
+            if first:
+                click.echo(f"herd: {text}", err=True)
+        elif first or not joined():  # else it is most likely a peer's end that this rank ran into
             traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)
+        os._exit(code)  # without waiting for threads or peers: torchrun ends those
+
+
+def explain(error: Exception) -> tuple[str | None, int]:
+    """What a person can do about an error, and the exit code; None where only a traceback helps."""
+    if isinstance(error, UserError):
+        return str(error), error.code
+    if ends_as(error) == "memory":
+        remedy = "lower train.micro_batch_size or use train.activation_checkpointing=full"
+        return f"rank {os.environ.get('RANK', '0')} ran out of memory: {remedy} ({str(error).splitlines()[0]})", 1
+    if ends_as(error) == "user" and isinstance(error, OSError):
+        return f"{error.filename or 'a file'} cannot be written or read: {error.strerror}", 1
+    return None, 1
+
+
+def ends_as(error: Exception) -> Kind:
+    """The kind of end that an error is."""
+    if isinstance(error, UserError):
+        return "node" if getattr(error, "nodes", ()) else "user"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "memory"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        return "user"
+    return "error"
+
+
+def leave_word(error: Exception, text: str | None, order: int) -> None:
+    """Write down why this rank ends, in the run folder."""
+    from llama.run_folder import LastWords, RunFolder
+
+    opening = sys.modules.get("llama.train.opening")
+    place = opening.current if opening is not None else None
+    if place is None and "HERD_RUN" in os.environ:
+        place = RunFolder(Path(os.environ["HERD_RUN"])), int(os.environ.get("HERD_ATTEMPT", "1"))
+    if place is None:
+        return
+    run, attempt = place
+    nodes = tuple(getattr(error, "nodes", ()))
+    words = text or f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
+    rank = int(os.environ.get("RANK", "0"))
+    run.leave_word(attempt, LastWords(ends_as(error), words, rank, nodes=nodes, order=order))
+    if order == 1:
+        with contextlib.suppress(OSError):
+            run.record("end", attempt, outcome="failed", reason=words)
 
 
 def joined() -> bool:
     """Whether this process has met the others."""
-    import torch.distributed as dist
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and bool(distributed.is_initialized())
 
-    return bool(dist.is_initialized())
 
-
-def first_to_fail() -> bool:
-    """Whether no other rank has reported an error yet; before the ranks are joined the first rank speaks."""
-    import torch.distributed as dist
-
+def failing_order() -> int:
+    """1 for the first rank to fail, 2 for the next; 0 where ranks have not met, or cannot speak to each other now."""
     if not joined():
-        return os.environ.get("RANK", "0") == "0"
-    store = dist.distributed_c10d._get_default_store()
-    return bool(store.add("herd/errors", 1) == 1)
+        return 0
+    import torch.distributed as dist
+
+    with contextlib.suppress(Exception):
+        return int(dist.distributed_c10d._get_default_store().add("herd/errors", 1))
+    return 0
 
 
 if __name__ == "__main__":

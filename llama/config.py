@@ -323,6 +323,22 @@ class Checkpoint(Section):
     """Compare checksums when resuming, so that a damaged checkpoint is noticed before it is used."""
 
 
+class Resilience(Section):
+    """When a run counts as stuck, and how often it is started again by itself."""
+
+    hang_timeout: Annotated[float, Field(ge=0)] = 1800.0
+    """Seconds without a finished step, validation batch or save after which all ranks write their stacks and the run is
+    started again; 0: never."""
+    first_step_timeout: Annotated[float, Field(ge=0)] = 7200.0
+    """The same until the first step is done, which loads, builds the sample order and compiles."""
+    stop_margin: Annotated[float, Field(ge=0)] = 60.0
+    """Seconds kept free before the job's time limit, beside what the next step and a save are seen to take."""
+    fruitless_attempts: Count = 5
+    """Attempts in a row that reach no new checkpoint, after which the job fails instead of starting once more."""
+    max_requeues: NonNegative = 100
+    """Times that one Slurm job may go back into the queue."""
+
+
 class Log(Section):
     """What is shown and recorded."""
 
@@ -346,6 +362,7 @@ class Recipe(Section):
     schedule: Schedule = Schedule()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
+    resilience: Resilience = Resilience()
     log: Log = Log()
 
     @property

@@ -30,6 +30,8 @@ from data_prep.errors import UserError
 MANIFEST = "herd.json"
 """The file that makes a checkpoint's folder a checkpoint."""
 PREFIX = "step-"
+DAMAGED = ".damaged"
+"""Behind the name of a checkpoint that was found damaged."""
 
 Kind = Literal["user", "training", "memory", "hang", "node", "error"]
 """What ended a rank: wrong use or full disks, training's own guard, memory, no progress, a bad node, anything else."""
@@ -56,14 +58,15 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all."""
+def write_json(path: Path, value: Any, sync: bool = True) -> None:
+    """Write JSON whole or not at all; without `sync` a power failure may still lose it."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         with aside.open("w", encoding="utf-8") as file:
             json.dump(value, file, indent=1)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         aside.replace(path)
     except OSError:
         with contextlib.suppress(OSError):

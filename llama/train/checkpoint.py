@@ -6,10 +6,12 @@ is there.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,8 @@ from llama.checkpoint_format import (
 )
 from llama.config import Recipe
 from llama.parallel.apply import ParallelLlama
-from llama.run_folder import MANIFEST, PREFIX, complete, step_of
+from llama.run_folder import DAMAGED, MANIFEST, PREFIX, Lock, complete, step_of
+from llama.train.journal import Journal
 
 
 def _sync(path: Path) -> None:
@@ -74,8 +77,19 @@ class Checkpoints:
     training's collectives.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, model: ParallelLlama, optimizer: torch.optim.Optimizer):
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Recipe,
+        model: ParallelLlama,
+        optimizer: torch.optim.Optimizer,
+        journal: Journal | None = None,
+        lock: Lock | None = None,
+    ):
         self.folder, self.recipe, self.model, self.optimizer = folder, recipe, model, optimizer
+        self.journal, self.lock = journal, lock
+        self.seconds = 0.0
+        """What the slowest save so far took, from its call until it was on disk."""
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.group = dist.new_group(backend="gloo") if dist.is_initialized() else None
         self.thread: threading.Thread | None = None
@@ -108,6 +122,7 @@ class Checkpoints:
         Raises UserError (disk full, folder not writable) of this or of the background write before it, on every rank.
         """
         self.wait()
+        self.started = time.monotonic()
         copy = self.stager.stage(self._tensors())
         assert isinstance(copy, dict)
         frozen = TrainState(**asdict(state))
@@ -136,6 +151,10 @@ class Checkpoints:
     def _write_guarded(self, tensors: dict[str, Any], state: TrainState) -> None:
         try:
             self._write(tensors, state)
+            took = time.monotonic() - self.started
+            self.seconds = max(self.seconds, took)
+            if self.journal is not None:
+                self.journal.event("save", step=state.step, seconds=round(took, 3))
         except BaseException as failure:
             self.failure = failure
 
@@ -187,6 +206,8 @@ class Checkpoints:
             file.flush()
             os.fsync(file.fileno())
         _sync(aside)
+        if self.lock is not None and not self.lock.held():
+            raise OSError("another run has taken this run folder over while this one stood still")
         if final.exists():  # the same step again, after a resume from an older checkpoint
             shutil.rmtree(final)
         aside.rename(final)
@@ -199,6 +220,10 @@ class Checkpoints:
             if not (keep_every and step_of(old) % keep_every == 0):
                 (old / MANIFEST).unlink()  # first of all: a folder half removed is then no checkpoint
                 shutil.rmtree(old, ignore_errors=True)
+        kept = step_of(complete(self.folder)[0])
+        for damaged in (self.folder / "checkpoints").glob(f"{PREFIX}*{DAMAGED}"):
+            if damaged.name[len(PREFIX) : -len(DAMAGED)] < f"{kept:08d}":  # nobody came to look
+                shutil.rmtree(damaged, ignore_errors=True)
         for rest in (self.folder / "checkpoints").glob(f"{PREFIX}*{ASIDE}"):
             shutil.rmtree(rest, ignore_errors=True)
 
@@ -214,6 +239,7 @@ class Checkpoints:
             wrongs = _gather(damage(checkpoint, self.recipe.checkpoint.verify, self.rank, world), self.group)
             if wrong := next((w for w in wrongs if w), None):
                 say(f"warning: checkpoint {checkpoint.name} is damaged and passed over: {wrong}")
+                self._put_aside(checkpoint, wrong)
                 continue
             return self._load(checkpoint)
         if found:
@@ -222,6 +248,16 @@ class Checkpoints:
                 "another run_dir"
             )
         return None
+
+    def _put_aside(self, checkpoint: Path, wrong: str) -> None:
+        """Rename a damaged checkpoint, so that it counts for nothing and is there for whoever wants to see it."""
+        if self.rank == 0:
+            if self.journal is not None:
+                self.journal.event("damaged", checkpoint=checkpoint.name, why=wrong)
+            with contextlib.suppress(OSError):
+                aside = checkpoint.with_name(checkpoint.name + DAMAGED)
+                shutil.rmtree(aside, ignore_errors=True)
+                checkpoint.rename(aside)
 
     def _load(self, checkpoint: Path) -> TrainState:
         manifest = read_manifest(checkpoint)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from llama.parallel.shards import Box
 from llama.train.checkpoint import Checkpoints
 from llama.train.guard import StepGuard
 from llama.train.metrics import Metrics, StepReport, si
+from llama.train.opening import open_run
 from llama.train.optim import (
     build_optimizer,
     clip_factor,
@@ -36,6 +39,7 @@ from llama.train.optim import (
 )
 from llama.train.schedule import learning_rate
 from llama.train.signals import StopRequest
+from llama.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -49,34 +53,50 @@ class Outcome:
     """Name of the signal that ended it early."""
 
 
-def train(recipe: Recipe) -> Outcome:
+def train(recipe: Recipe, stop: StopRequest | None = None) -> Outcome:
     """Train `recipe` on the ranks that were started, resuming from its run folder when that has a checkpoint.
 
-    Every rank calls this after init_process_group. Raises UserError for what the user can mend.
+    Every rank calls this after init_process_group. `stop`: what listens for signals already. Raises UserError for what
+    the user can mend.
     """
     device = find_device()
     recipes.check_device(recipe, device)
     layout = recipes.lay_out(recipe, dist.get_world_size())
-    folder = prepare_folder(recipe)
-    mesh = build_mesh(layout, device.type)
-    model = parallelize(recipe, mesh, device, read=weights_reader(recipe))
-    optimizer = build_optimizer(model, recipe, device)
-    checkpoints = Checkpoints(folder, recipe, model, optimizer)
-    speaks = dist.get_rank() == 0
-    resumed = checkpoints.resume(say=lambda text: print(text, flush=True) if speaks else None)
-    state = resumed or TrainState()
-    recipe = settle_order(recipe, state)
-    data, validation = build_data(recipe, mesh.data_rank, layout.data)
-    check_same_data(recipe, state, data)
-    metrics = Metrics(recipe, device, layout.world, folder, speaks, state.step)
-    metrics.say(describe(recipe, device, model, state if resumed else None))
-    metrics.say(metrics.peak_in_words)
-    with StopRequest() as stop:
-        trainer = Trainer(recipe, device, model, optimizer, checkpoints, metrics, state, stop)
-        try:
-            return trainer.run(data, validation)
-        finally:
-            metrics.close()
+    with ExitStack() as stack:
+        stop = stop or stack.enter_context(StopRequest.of_job())
+        place = stack.enter_context(open_run(recipe))
+        stop.look(place.run.attempt(place.attempt))
+        journal, speaks = place.journal, dist.get_rank() == 0
+
+        def say(text: str) -> None:
+            if speaks:
+                print(text, flush=True)
+
+        for note in place.notes:
+            say(note)
+        journal.event(
+            "start", nodes=sorted(set(place.hosts)), ranks=layout.world, layout=layout.name, device=device.name,
+            version=place.version,
+        )  # fmt: skip
+        mesh = build_mesh(layout, device.type)
+        model = parallelize(recipe, mesh, device, read=weights_reader(recipe))
+        optimizer = build_optimizer(model, recipe, device)
+        checkpoints = Checkpoints(place.run.path, recipe, model, optimizer, journal, place.lock)
+        resumed = checkpoints.resume(say)
+        state = resumed or TrainState()
+        journal.event("resume" if resumed else "fresh", step=state.step)
+        recipe = settle_order(recipe, state)
+        data, validation = build_data(recipe, mesh.data_rank, layout.data)
+        check_same_data(recipe, state, data)
+        metrics = Metrics(recipe, device, layout.world, journal, state.step)
+        metrics.say(describe(recipe, device, model, state if resumed else None))
+        metrics.say(metrics.peak_in_words)
+        stack.callback(metrics.close)
+        trainer = Trainer(recipe, device, model, optimizer, checkpoints, metrics, state, stop, place.watchdog)
+        outcome = trainer.run(data, validation)
+        ended = "stopped" if outcome.stopped_by else "finished"
+        journal.event("end", step=outcome.step, outcome=ended, reason=outcome.stopped_by)
+        return outcome
 
 
 class Trainer:
@@ -92,11 +112,15 @@ class Trainer:
         metrics: Metrics,
         state: TrainState,
         stop: StopRequest,
+        watchdog: Watchdog,
     ):
         self.recipe, self.device, self.model, self.optimizer = recipe, device, model, optimizer
         self.checkpoints, self.metrics, self.state, self.stop = checkpoints, metrics, state, stop
+        self.watchdog = watchdog
         self.guard = StepGuard(recipe.train.guard, state)
         self.stopping = False
+        self.step_seconds: deque[float] = deque(maxlen=20)
+        self.validation_seconds = 0.0
 
     def run(self, data: Batches, validation: Batches | None) -> Outcome:
         """Steps until train.steps, or until all ranks agree to stop; checkpoints and validations on the way."""
@@ -104,17 +128,22 @@ class Trainer:
         loss, validated, saved = float("nan"), None, state.step
         data.check_vocabulary(recipe.model.vocab_size)
         batches = data.prefetch(state.consumed_samples, recipe.data.prefetch)
+        # Asked while all this was being set up: nothing new is there to save.
+        self.stopping = self.agree_to_stop()
         gc.collect()
         gc.disable()  # collected on all ranks at the same step instead, so that no rank makes the others wait
         try:
             while state.step < recipe.train.steps and not self.stopping:
+                started = time.monotonic()
                 report = self.step(batches)
+                self.step_seconds.append(time.monotonic() - started)
+                self.watchdog.beat(f"step {state.step + 1}", recipe.resilience.hang_timeout)
                 loss = report.loss
                 due = self.metrics.due(state.step)
                 self.metrics.step(report, self.parameter_norm() if due else None)
                 if report.skipped:
                     self.guard.check(state.step, report.skipped)
-                if validation is not None and self.every(recipe.validation.interval):
+                if validation is not None and self.every(recipe.validation.interval) and not self.stopping:
                     validated = self.validate(validation)
                 if self.every(recipe.checkpoint.interval):
                     self.save()
@@ -123,6 +152,7 @@ class Trainer:
                     gc.collect()
             if state.step != saved and (recipe.checkpoint.at_end or self.stopping):
                 self.save()
+            self.watchdog.beat("the last checkpoint")
             self.checkpoints.wait()
         except UserError:
             self.checkpoints.wait()  # the process ends without waiting for threads
@@ -173,6 +203,7 @@ class Trainer:
             lr=lr,
             consumed_samples=state.consumed_samples,
             consumed_tokens=state.consumed_samples * recipe.data.seq_length,
+            trained_tokens=state.trained_tokens,
             skipped_steps=state.skipped_steps,
             data_time=data_time,
             skipped=objection,
@@ -187,8 +218,21 @@ class Trainer:
         mine[0] = loss_sum * share
         mine[1] = tokens * share
         mine[2] = squared
-        mine[3] = float(self.stop.received)
+        mine[3] = float(self.stop.wanted(self.needed()))
         return total_over_ranks(mine)
+
+    def agree_to_stop(self) -> bool:
+        """Whether any rank is asked to stop; told to all."""
+        mine = torch.tensor([float(self.stop.wanted(self.needed()))], dtype=torch.float64, device=self.device.torch())
+        return total_over_ranks(mine)[0] > 0
+
+    def needed(self) -> float:
+        """Seconds that another step, what is due after it and a save would take at worst, with the recipe's margin."""
+        step = max(self.step_seconds, default=0.0)
+        following = self.state.step + 2  # counted after this step's collective: the one after it is judged
+        interval = self.recipe.validation.interval
+        validation = self.validation_seconds if interval and following % interval <= 1 else 0.0
+        return 1.5 * (step + validation + self.checkpoints.seconds) + self.recipe.resilience.stop_margin
 
     def gradient_square(self) -> torch.Tensor:
         """This rank's share of the squared norm of the summed gradients."""
@@ -210,18 +254,26 @@ class Trainer:
         """Mean loss over the same held-out samples each time."""
         started, losses, counted = time.perf_counter(), 0.0, 0.0
         for i in range(self.recipe.validation.batches):
+            self.watchdog.beat(f"validation after step {self.state.step}")
             batches = data.step(i * self.recipe.train.global_batch_size)
             own_loss = self.model.evaluate(to_device(batches, self.device))
-            loss_sum, tokens, _, _ = self.total(own_loss, batches, torch.zeros(()))
+            loss_sum, tokens, _, stops = self.total(own_loss, batches, torch.zeros(()))
             losses, counted = losses + loss_sum, counted + tokens
+            if stops:  # asked to stop: half a validation is none
+                self.stopping = True
+                return float("nan")
         loss = losses / max(counted, 1)
-        self.metrics.validation(self.state.step, loss, time.perf_counter() - started)
+        self.validation_seconds = time.perf_counter() - started
+        self.metrics.validation(self.state.step, loss, self.validation_seconds)
         self.metrics.restart_clock()
         return loss
 
     def save(self) -> None:
         """Write a checkpoint, in the background where the recipe says so."""
+        self.metrics.flush()  # what leads to a checkpoint is as safe as the checkpoint
+        self.watchdog.beat(f"the checkpoint of step {self.state.step}")
         self.checkpoints.save(self.state)
+        self.watchdog.beat(f"step {self.state.step + 1}")
         self.metrics.say(f"step {self.state.step}: checkpoint")
         self.metrics.restart_clock()
 
@@ -241,21 +293,6 @@ def to_device(batches: Sequence[Batch], device: Device) -> list[Batch]:
         )
         for batch in batches
     ]
-
-
-def prepare_folder(recipe: Recipe) -> Path:
-    """Make the run folder and save the resolved recipe there, on the first rank; UserError when that cannot be."""
-    folder, trouble = Path(recipe.folder), [""]
-    if dist.get_rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            recipes.save(recipe, folder / "recipe.yaml")
-        except OSError as error:
-            trouble = [f"run folder {folder} cannot be written: {error.strerror or error}; choose another run_dir=..."]
-    dist.broadcast_object_list(trouble, src=0)
-    if trouble[0]:
-        raise UserError(trouble[0])
-    return folder
 
 
 def weights_reader(recipe: Recipe) -> Callable[[str, Box], torch.Tensor] | None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from llama.config import Recipe
 from llama.device import Device, measure_flops
 from llama.model.llama import flops_per_token
+from llama.train.journal import Journal
 from llama.train.optim import total_over_ranks
 from llama.train.screen import Screen
 
@@ -29,6 +30,8 @@ class StepReport:
     consumed_samples: int
     consumed_tokens: int
     """Tokens read (samples × sequence length)."""
+    trained_tokens: int
+    """Tokens that had a label."""
     skipped_steps: int
     data_time: float
     """Seconds that this step waited for its batch."""
@@ -74,15 +77,17 @@ def utilisation_base(recipe: Recipe, device: Device, world: int) -> tuple[float,
 class Metrics:
     """Writes on the first rank only; every rank may call it. Collective to make: without a published peak it measures."""
 
-    def __init__(self, recipe: Recipe, device: Device, world: int, folder: Path, writes: bool, first_step: int):
-        self.recipe, self.device, self.world = recipe, device, world
+    def __init__(self, recipe: Recipe, device: Device, world: int, journal: Journal, first_step: int):
+        self.recipe, self.device, self.world, self.journal = recipe, device, world, journal
+        writes = journal.writes
         self.peak, self.peak_in_words = utilisation_base(recipe, device, world)
         self.board = None
         if writes and recipe.log.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             # Points after the step resumed from belong to a part that was lost: this hides them.
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1, flush_secs=10)
+            folder = str(journal.run.tensorboard)
+            self.board = SummaryWriter(folder, purge_step=first_step + 1, flush_secs=10)
         self.screen = Screen(writes, first_step, recipe.train.steps)
         self.restart_clock()
 
@@ -100,6 +105,7 @@ class Metrics:
         self.data_since += report.data_time
         if report.skipped:
             self.say(f"step {report.step}: skipped, because {report.skipped} ({report.skipped_steps} skipped so far)")
+            self.journal.event("skip", step=report.step, reason=report.skipped)
         if not self.due(report.step):
             return
         r, now = self.recipe, time.perf_counter()
@@ -124,10 +130,14 @@ class Metrics:
             values["parameter_norm"] = parameter_norm
         for name, causal in (("mfu_full", False), ("mfu_causal", True)):
             values[name] = tokens * flops_per_token(r.model, r.data.seq_length, causal) / self.peak
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, report.step)
+        self.record(values, report.step)
         left = (r.train.steps - report.step) * step_time
+        self.journal.status(
+            last=report.step == r.train.steps, step=report.step, steps=r.train.steps, loss=report.loss,
+            gradient_norm=report.gradient_norm, lr=report.lr, tokens_per_second=tokens * self.world,
+            mfu=values["mfu_full"], step_time=step_time, seconds_left=left, skipped_steps=report.skipped_steps,
+            trained_tokens=report.trained_tokens,
+        )  # fmt: skip
         self.screen.step(
             report.step,
             f"loss {report.loss:.4f}  norm {report.gradient_norm:.3f}  lr {report.lr:.2e}  {step_time:.3g} s/step  "
@@ -144,11 +154,33 @@ class Metrics:
     def validation(self, step: int, loss: float, seconds: float) -> None:
         """Record the loss on held-out samples."""
         self.say(f"step {step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, {seconds:.1f} s")
+        self.record({"val_loss": loss}, step)
+        self.journal.validation_loss = loss
+        self.journal.event("validation", step=step, loss=loss)
+
+    def record(self, values: dict[str, float], step: int) -> None:
+        """Points for TensorBoard; a disk that is full ends them, not the run: its next checkpoint will."""
+        if self.board is None:
+            return
+        try:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        except OSError as error:
+            self.board = None
+            self.say(f"warning: TensorBoard's events can no longer be written: {error.strerror or error}")
+
+    def flush(self) -> None:
+        """Have all points on disk."""
         if self.board is not None:
-            self.board.add_scalar("val_loss", loss, step)
+            try:
+                self.board.flush()
+            except OSError as error:
+                self.board = None
+                self.say(f"warning: TensorBoard's events can no longer be written: {error.strerror or error}")
 
     def close(self) -> None:
         """Flush what is recorded."""
         if self.board is not None:
-            self.board.close()
+            with contextlib.suppress(OSError):
+                self.board.close()
         self.screen.close()

@@ -14,6 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from llama.config import Recipe
 from llama.device import find_device, measure_flops
 from llama.model.llama import flops_per_token
+from llama.run_folder import RunFolder
+from llama.train.journal import Journal
 from llama.train.metrics import Metrics, StepReport, clock, si
 from tests.dist.layouts import recipe
 
@@ -27,14 +29,15 @@ TAGS = {
 def _report(step: int, **changes: Any) -> StepReport:
     report = StepReport(
         step=step, loss=5.0 - step, gradient_norm=1.0, lr=1e-3, consumed_samples=8 * step,
-        consumed_tokens=256 * step, skipped_steps=0, data_time=0.0,
+        consumed_tokens=256 * step, skipped_steps=0, data_time=0.0, trained_tokens=256 * step,
     )  # fmt: skip
     return replace(report, **changes)
 
 
 def _metrics(config: Recipe, folder: Path, first_step: int = 0, peak: float = 1e12, **options: Any) -> Metrics:
     device = replace(find_device("cpu"), peak_flops=peak)
-    return Metrics(config, device, options.get("world", 1), folder, options.get("writes", True), first_step)
+    journal = Journal(RunFolder(folder), 1, options.get("writes", True))
+    return Metrics(config, device, options.get("world", 1), journal, first_step)
 
 
 def _read(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -120,7 +123,7 @@ def test_other_ranks_and_runs_without_tensorboard_write_nothing(tmp_path: Path, 
 
 def test_without_a_published_peak_utilisation_is_relative_to_a_measured_one_and_says_so(tmp_path: Path) -> None:
     torch.set_num_threads(1)
-    metrics = Metrics(recipe(log__tensorboard=False), find_device("cpu"), 1, tmp_path, True, 0)
+    metrics = Metrics(recipe(log__tensorboard=False), find_device("cpu"), 1, Journal(RunFolder(tmp_path), 1, True), 0)
     assert 1e8 < metrics.peak < 1e14
     assert "float32 matrix products measured just now" in metrics.peak_in_words
     assert "published bf16 peak" in _metrics(recipe(log__tensorboard=False), tmp_path).peak_in_words
