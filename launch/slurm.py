@@ -25,7 +25,7 @@ REASONS = {
     "Priority": "jobs of higher priority come first",
     "Resources": "its nodes are in use by others",
     "ReqNodeNotAvail": "nodes that it needs are down, drained or reserved",
-    "Nodes required for job are DOWN, DRAINED or reserved": "nodes that it needs are down, drained or reserved",
+    "Nodes required for job are DOWN": "nodes that it needs are down, drained or reserved",
     "BeginTime": "its begin time is not reached, which after a requeue takes a minute or two",
     "Cleaning": "its last attempt is still being cleaned up",
     "Dependency": "another job has to end first",
@@ -107,8 +107,9 @@ class Job:
             return f"job {' and '.join(others)} has to end first"
         head = re.split(r"[,(]", self.reason)[0].strip()
         nodes = re.search(r"UnavailableNodes:([^ )]+)", self.reason)
-        words = REASONS.get(self.reason) or REASONS.get(head)
-        words = words or next((text for start, text in REASONS.items() if " " in start and head.startswith(start)), "")
+        words = REASONS.get(head) or next(
+            (REASONS[key] for key in REASONS if " " in key and head.startswith(key)), None
+        )
         if words:
             return words.replace("JOB", self.id) + (f" ({nodes[1]})" if nodes else "")
         if head.startswith(("Assoc", "MaxJobs", "MaxSubmit")):

@@ -103,18 +103,19 @@ class Tail:
 
 def follow(tail: Tail, state: Callable[[], State]) -> State:
     """Show what comes until the run has ended; its state then."""
-    asked, known = 0.0, None
+    told = ""
     while True:
-        new = tail.look()
-        if time.monotonic() - asked > ASK or known is None:
-            known, asked = state(), time.monotonic()
-            if not known.active and not new:
-                time.sleep(PAUSE)  # the file server may show the last lines late
-                if not tail.look():
-                    return known
-            if tail.shown is None and asked:
+        known, asked = state(), time.monotonic()
+        if not known.active:
+            time.sleep(PAUSE)  # the last lines may still be on their way through the file server
+            tail.look()
+            return known
+        while time.monotonic() - asked < ASK:
+            tail.look()
+            if tail.shown is None and known.text != told:
                 tail.head(known.text)
-        time.sleep(PAUSE)
+                told = known.text
+            time.sleep(PAUSE)
 
 
 @click.command(short_help="Follow what a node of a run prints.")
