@@ -12,6 +12,7 @@ from data_prep.errors import UserError
 # verb -> (module that defines a click command named `command`, one line of help)
 VERBS = {
     "train": ("launch.train", "Train a recipe: herd train tiny_cpu --processes 4 train.steps=20"),
+    "compile": ("launch.compile", "Compile a recipe's graphs ahead of its run: herd compile tiny_cpu --processes 4"),
     "prep": (
         "launch.prep",
         "Text in, token files out: herd prep tokenize corpus.jsonl.gz --tokenizer tokenizer.model --output data/corpus",
