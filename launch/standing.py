@@ -79,6 +79,11 @@ class Facts:
         return next(found, {})
 
     @property
+    def jobs(self) -> set[str]:
+        """Numbers of the jobs that began to work here last: by the lock, which is newer where it is there, and job.json."""
+        return {str(found["job"]) for found in (self.owner, self.job) if found.get("job")}
+
+    @property
     def local(self) -> bool:
         """Whether the newest attempt runs, or ran, without Slurm."""
         if self.owner and self.beat is not None:
@@ -121,7 +126,7 @@ def _running(facts: Facts, line: slurm.Job, now: float) -> State:
         return State("starting", "starting: its nodes are being made ready")
     if line.state in ("SUSPENDED", "STOPPED"):
         return State("waiting", "suspended by Slurm: its nodes work for another job")
-    if line.id != str(facts.job.get("job")):
+    if line.id not in facts.jobs:
         return State("starting", f"starting: job {line.id} has its nodes")
     verdict = facts.last("verdict")
     if verdict.get("verdict") in ("restart", "requeue"):
@@ -213,16 +218,16 @@ def gather(run: RunFolder, queue: Sequence[slurm.Job] | None) -> Facts:
     here = owner.get("host") == socket.gethostname() and not owner.get("job")
     facts = Facts(
         job=job, status=run_folder.read_json(run.status), events=list(run.history()), owner=owner, beat=beat,
-        gone=here and run_folder._born(int(owner.get("pid", 0))) != owner.get("born"), line=newest(run, job, queue or []),
+        gone=here and run_folder._born(int(owner.get("pid", 0))) != owner.get("born"), line=newest(run, (job, owner), queue or []),
         asked=queue is not None, stop=run_folder.read_json(run.stop),
     )  # fmt: skip
     return Facts(**vars(facts) | {"words": run.last_words(facts.attempt)})
 
 
-def newest(run: RunFolder, job: dict[str, Any], queue: Iterable[slurm.Job]) -> slurm.Job | None:
-    """The job that trains in this folder, or will, or was the last to."""
-    folder = str(run.path.absolute())
-    mine = [line for line in queue if line.id == str(job.get("job")) or (line.step == "run" and line.run == folder)]
+def newest(run: RunFolder, known: Iterable[dict[str, Any]], queue: Iterable[slurm.Job]) -> slurm.Job | None:
+    """The job that trains in this folder, or will, or was the last to; `known`: job.json and the lock's owner."""
+    folder, ids = str(run.path.absolute()), {str(facts.get("job")) for facts in known}
+    mine = [line for line in queue if line.id in ids or (line.step == "run" and line.run == folder)]
     return max(mine, key=lambda line: (line.live, not line.waiting, int(line.id)), default=None)
 
 
@@ -266,5 +271,10 @@ def is_run(path: Path) -> bool:
 
 def look(run: RunFolder) -> Facts:
     """What is known of one run now."""
-    number = run_folder.read_json(run.job).get("job")
-    return gather(run, ask([str(number)] if number else []))
+    return gather(run, ask(ids_of(run)))
+
+
+def ids_of(run: RunFolder) -> list[str]:
+    """Numbers of the jobs that the run's folder names."""
+    found = (run_folder.read_json(path).get("job") for path in (run.job, run.lock))
+    return [str(number) for number in found if number]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,8 +15,7 @@ import click
 
 from data_prep.errors import UserError
 from launch import slurm
-from launch.standing import Facts, ask, find, gather, judge
-from llama import run_folder
+from launch.standing import Facts, ask, find, gather, ids_of, judge, look
 from llama.run_folder import RunFolder, now, write_json
 
 PAUSE = 1.0
@@ -24,24 +24,26 @@ PAUSE = 1.0
 
 def jobs_of(run: RunFolder, queue: Sequence[slurm.Job]) -> list[slurm.Job]:
     """Live jobs of a run: the one that trains, and what herd submit chained to it, in the order they were submitted."""
-    number, folder = str(run_folder.read_json(run.job).get("job")), str(run.path.absolute())
-    mine = [line for line in queue if line.live and (line.run == folder or line.id == number)]
+    ids, folder = ids_of(run), str(run.path.absolute())
+    mine = [line for line in queue if line.live and (line.run == folder or line.id in ids)]
     return sorted(mine, key=lambda line: int(line.id))
 
 
 def ask_to_end(run: RunFolder, say: Callable[[str], None]) -> bool:
     """Tell whatever works on the run to save and end; False: nothing does."""
-    number = run_folder.read_json(run.job).get("job")
-    queue = ask([str(number)] if number else [])
+    queue = ask(ids_of(run))
     facts = gather(run, queue)
-    if facts.local and facts.owner and judge(facts, time.time()).active and not (facts.line and facts.line.live):
-        _signal_process(facts, run)
+    found = jobs_of(run, queue or [])
+    trains = next((line for line in found if line.step == "run" or line.id in facts.jobs), None)
+    by_script = trains is not None and trains.step == "run"
+    if facts.owner and not by_script and judge(facts, time.time()).active:
+        if facts.owner.get("host") != socket.gethostname():
+            where = f"process {facts.owner.get('pid')} on {facts.owner.get('host')}"
+            raise UserError(f"{run.path}: trained by {where}, which no job script started; call herd stop there", 2)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(facts.owner["pid"]), signal.SIGUSR1)
         say(f"process {facts.owner['pid']} is asked to save and end")
         return True
-    if queue is None and facts.owner.get("job"):
-        raise UserError(f"{run.path}: job {facts.owner['job']} cannot be stopped from here: Slurm does not answer", 1)
-    found = jobs_of(run, queue or [])
-    trains = next((line for line in found if line.step in ("run", "") or line.id == str(number)), None)
     if trains:  # before any signal, or the job would take itself for one that should go on
         write_json(run.stop, {"job": trains.id, "time": now()})
     for line in reversed(found):  # the last of a chain first, so that none begins because another ended
@@ -56,24 +58,11 @@ def ask_to_end(run: RunFolder, say: Callable[[str], None]) -> bool:
     return bool(found)
 
 
-def _signal_process(facts: Facts, run: RunFolder) -> None:
-    import socket
-
-    owner = facts.owner
-    if owner.get("host") != socket.gethostname():
-        raise UserError(
-            f"{run.path}: trained by process {owner.get('pid')} on {owner.get('host')}; call herd stop there", 2
-        )
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(int(owner["pid"]), signal.SIGUSR1)
-
-
 def wait(run: RunFolder, timeout: float | None, say: Callable[[str], None]) -> Facts:
     """Until the run has ended. UserError when that takes longer than `timeout` seconds."""
     began, told = time.monotonic(), ""
     while True:
-        number = run_folder.read_json(run.job).get("job")
-        facts = gather(run, ask([str(number)] if number else []))
+        facts = look(run)
         if not judge(facts, time.time()).active:
             return facts
         text = f"waiting: step {facts.status.get('step', '?')}, {judge(facts, time.time()).text}"

@@ -18,8 +18,8 @@ import click
 
 from data_prep.errors import UserError
 from launch import slurm
-from launch.standing import ask, gather, judge
-from llama.run_folder import RunFolder, read_json
+from launch.standing import judge, look
+from llama.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from llama.config import Recipe
@@ -218,7 +218,7 @@ def _lay_out(recipe: Recipe, nodes: int, ranks: int) -> str:
                 layout(recipe, number * ranks)
                 fits.append(number)
         near = sorted(sorted(fits, key=lambda number: abs(number - nodes))[:4])
-        hint = f"--nodes {' or '.join(map(str, near))} would fit" if near else "no number of such nodes fits"
+        hint = f"--nodes {', '.join(map(str, near))} would fit" if near else "no number of such nodes fits"
         raise UserError(f"recipe {recipe.name} on {nodes} × {ranks} ranks: {error}; {hint}", 2) from None
 
 
@@ -238,8 +238,7 @@ def _check_folder(plan: Plan) -> None:
             )
     if "run" not in plan.wanted.chain:
         return
-    number = read_json(run.job).get("job")
-    facts = gather(run, ask([str(number)] if number else []))
+    facts = look(run)
     state = judge(facts, time.time())
     if state.active:
         owner = facts.line.id if facts.line and facts.line.live else facts.owner.get("pid")
