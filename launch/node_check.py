@@ -29,7 +29,7 @@ if sys.version_info < (3, 11):  # noqa: UP036
     text = f"{sys.executable} is Python {sys.version.split()[0]}, older than 3.11"
     print(f"herd: node {name} cannot train: {text}", file=sys.stderr, flush=True)
     if "HERD_RUN" in os.environ:
-        folder = Path(os.environ["HERD_RUN"], "logs", f"attempt-{int(os.environ.get('HERD_ATTEMPT', '0')):04d}")
+        folder = Path(os.environ["HERD_RUN"], "logs", f"attempt-{int(os.environ.get('HERD_ATTEMPT', '1')):04d}")
         word = {"kind": "node", "text": text, "rank": number, "host": name, "nodes": [name], "time": time.time()}
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ def main() -> int:
     if "HERD_RUN" in os.environ:
         number = RANK + int(os.environ.get("SLURM_NODEID", "0"))
         word = LastWords(kind, text, number, host=name, nodes=(blamed,) if kind == "node" else ())
-        RunFolder(Path(os.environ["HERD_RUN"])).leave_word(int(os.environ.get("HERD_ATTEMPT", "0")), word)
+        RunFolder(Path(os.environ["HERD_RUN"])).leave_word(int(os.environ.get("HERD_ATTEMPT", "1")), word)
     return 1
 
 

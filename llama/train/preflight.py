@@ -1,9 +1,8 @@
 """Before a long run: do all nodes run the same software, share the run folder, and compute and talk alike? Bad ones are named.
 
 Runs inside the training processes, before the model is built, so that it costs no second start of Python. Facts of all
-ranks are gathered on all ranks, which judge them alike. A node is bad against the others, never against a table. As
-NVIDIA's resiliency extension, dlrover's node check and Megatron-LM's sniff test do, it times a matrix product on each
-rank; the slow end of a slow link is found by timing each node with two others, since a collective is slow everywhere.
+ranks are gathered on all ranks, which judge them alike. A node is bad against the others, never against a table of what
+hardware should do. Speed is measured in stragglers.py.
 """
 
 from __future__ import annotations
@@ -34,6 +33,17 @@ from llama.device import Device
 from llama.layout import Layout
 from llama.model.llama import count_parameters
 from llama.run_folder import RunFolder, complete
+from llama.train.stragglers import (
+    Findings,
+    Speed,
+    all_reduce,
+    by_node,
+    exchange,
+    in_words,
+    judge_speed,
+    message_bytes,
+    products,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("numpy", "torch-neuronx", "neuronx-cc")
@@ -42,23 +52,14 @@ DEADLINE = 60.0
 """Seconds for a node to look at its own disks and devices: a healthy one takes 0.1, a dead file server for ever."""
 SEEN_WITHIN = 5.0
 """Seconds for the first node's file to show on the others: NFS shows a new name at once, object stores take a while."""
-SLOW, BAD = 0.8, 0.5
-"""Speeds, against the median, that are worth a line and that make a node bad. GPUs of one kind lie within 5 %; one that
-is throttled by heat or lost a part of its link loses a third or more. Training goes at the pace of the slowest."""
-SHARED = 0.4
-"""The same for a line about CPUs, whose cores others may use: twenty measurements of four processes on two busy cores
-went down to 0.53. A CPU node is never bad for it."""
 LEFT = 0.8
 """Free device memory, against the median, below which somebody else must be on the device."""
 CLOCK = 2.0
 """Seconds between clocks that are worth a line; NTP keeps them within milliseconds."""
 SHM = 1 << 30
 """Bytes of /dev/shm that NCCL asks for among the ranks of a node (its documentation)."""
-PRODUCT_SECONDS = 0.15
 TURNS = 3
 """Measurements that a slow rank gets before it is called so."""
-MESSAGE = {"cpu": 4 << 20}
-"""Bytes of the timed all-reduce and exchange; elsewhere 32 MiB, enough to fill a link of 400 Gbit/s for a millisecond."""
 
 
 class NodeFault(UserError):  # noqa: N818
@@ -92,28 +93,8 @@ class Facts:
     memory_free: int = 0
     shm_free: int | None = None
     open_files: int = 0
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What a rank measured."""
-
-    node: str
-    rank: int
-    flops: float
-    link: float = 0.0
-    """Bytes a second with the better of two other nodes; 0: not measured."""
-
-
-@dataclass
-class Findings:
-    """What the facts say: why nodes are bad, and what is only worth a line."""
-
-    faults: dict[str, list[str]] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-    def blame(self, name: str, why: str) -> None:
-        self.faults.setdefault(name, []).append(why)
+    checkpoints: int = 0
+    """Finished ones in the run folder."""
 
 
 def preflight(
@@ -161,12 +142,12 @@ def preflight(
     speeds, reduce_seconds = measure(device, attempt, names, findings)
     if not speeds:
         return settle(findings)
-    settle(findings, all_reduce_seconds=reduce_seconds, flops=_by_node(speeds, "flops"), links=_by_node(speeds, "link"))
+    settle(findings, all_reduce_seconds=reduce_seconds, flops=by_node(speeds, "flops"), links=by_node(speeds, "link"))
     speaks(
         f"preflight: {_count(len(nodes), 'node')} in {time.perf_counter() - started:.1f} s: all-reduce of "
-        f"{_message_bytes(device) >> 20} MiB over {_count(layout.world, 'rank')} {reduce_seconds * 1e3:.1f} ms, "
-        + _in_words("products", speeds, "flops", 1e9, "GFLOP/s")
-        + (", " + _in_words("links", speeds, "link", 1e9, "GB/s") if speeds[0].link else "")
+        f"{message_bytes(device) >> 20} MiB over {_count(layout.world, 'rank')} {reduce_seconds * 1e3:.1f} ms, "
+        + in_words("products", speeds, "flops", 1e9, "GFLOP/s")
+        + (", " + in_words("links", speeds, "link", 1e9, "GB/s") if speeds[0].link else "")
     )
 
 
@@ -194,7 +175,7 @@ def collect(recipe: Recipe, device: Device, folder: Path, names: Sequence[str], 
     return Facts(
         name, rank, clock, same | software(device), unwritable, unseen, devices, free,
         first=True, disk_free=node.free_bytes(folder), memory=memory, memory_free=memory_free,
-        shm_free=node.free_bytes(Path("/dev/shm")), open_files=node.open_files(),
+        shm_free=node.free_bytes(Path("/dev/shm")), open_files=node.open_files(), checkpoints=len(complete(folder)),
     )  # fmt: skip
 
 
@@ -309,7 +290,7 @@ def space(recipe: Recipe, folder: Path, facts: Sequence[Facts]) -> list[str]:
             f"preflight: run folder {folder} has {node.gigabytes(free)} free, and one checkpoint takes about "
             f"{node.gigabytes(one)}; free some, or choose another run_dir=..."
         )
-    more = max(1, keep + 1 - len(complete(folder)))  # the newest is written before the oldest goes
+    more = max(1, keep + 1 - facts[0].checkpoints)  # the newest is written before the oldest goes
     if free >= more * one:
         return []
     return [
@@ -347,119 +328,6 @@ def measure(device: Device, attempt: int, names: Sequence[str], findings: Findin
     return speeds, seconds
 
 
-def products(device: Device) -> tuple[float, str]:
-    """FLOP/s of this rank at its best, and what is wrong with its device."""
-    side = 512 if device.type == "cpu" else 4096
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    try:
-        a = torch.ones(side, side, dtype=dtype, device=device.torch())
-        out = torch.mm(a, a)  # chooses a kernel, or compiles it
-        device.synchronize()
-        best, started = float("inf"), time.perf_counter()
-        while (now := time.perf_counter()) - started < PRODUCT_SECONDS:
-            out = _product(a, out)
-            device.synchronize()
-            best = min(best, time.perf_counter() - now)
-        # Sums of ones are exact in every type, whatever the order.
-        wrong = int((out != side).sum())
-        return 2 * side**3 / best, f"{wrong} of {side * side} sums are wrong" if wrong else ""
-    except RuntimeError as error:
-        return 0.0, f"a matrix product failed: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-
-
-def _product(a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    return torch.mm(a, a, out=out)
-
-
-def _message_bytes(device: Device) -> int:
-    return MESSAGE.get(device.type, 32 << 20)
-
-
-def all_reduce(device: Device) -> float:
-    """Seconds of a sum over all ranks, at best."""
-    values, best = torch.ones(_message_bytes(device) // 4, device=device.torch()), float("inf")
-    for _ in range(4):  # the first connects the ranks
-        started = time.perf_counter()
-        dist.all_reduce(values.fill_(1.0))
-        device.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best
-
-
-def exchange(device: Device, names: Sequence[str]) -> float:
-    """Bytes a second that this rank sends and receives at once, with the better of the two nodes it is paired with.
-
-    Nodes stand in a ring. All pairs talk at the same time in two rounds, or three when their number is odd, so that it
-    takes no longer on many nodes. A slow node is slow with both neighbours, its neighbours only with it.
-    """
-    nodes = {name: [r for r, n in enumerate(names) if n == name] for name in names}
-    mine, rank = list(nodes).index(names[dist.get_rank()]), dist.get_rank()
-    place, ranks = nodes[names[rank]].index(rank), list(nodes.values())
-    send = torch.ones(_message_bytes(device) // 4, device=device.torch())
-    receive, fastest = torch.empty_like(send), 0.0
-    for pairs in rounds(len(nodes)):
-        peers = [b if a == mine else a for a, b in pairs if mine in (a, b)]
-        if not peers or place >= len(ranks[peers[0]]):
-            continue
-        peer, best = ranks[peers[0]][place], float("inf")
-        for _ in range(4):  # the first waits for the other
-            started = time.perf_counter()
-            for work in dist.batch_isend_irecv(
-                [dist.P2POp(dist.isend, send, peer), dist.P2POp(dist.irecv, receive, peer)]
-            ):
-                work.wait()
-            device.synchronize()
-            best = min(best, time.perf_counter() - started)
-        fastest = max(fastest, send.nbytes / best)
-    return fastest
-
-
-def rounds(nodes: int) -> list[list[tuple[int, int]]]:
-    """Neighbours in a ring of nodes, in rounds in which no node has two partners."""
-    edges = [(i, (i + 1) % nodes) for i in range(nodes if nodes > 2 else nodes - 1)]
-    even = len(edges) - len(edges) % 2
-    return [part for part in (edges[0:even:2], edges[1:even:2], edges[even:]) if part]
-
-
-def judge_speed(speeds: Sequence[Speed], shared: bool) -> Findings:
-    """Nodes that are slow against the median of all ranks; on `shared` cores that is never a fault."""
-    findings = Findings()
-    for kind, what in (("flops", "matrix products"), ("link", "exchanges with two other nodes")):
-        slowest: dict[str, Speed] = {}
-        for speed in speeds:
-            if getattr(speed, kind) > 0:
-                slowest[speed.node] = min(slowest.get(speed.node, speed), speed, key=lambda s: float(getattr(s, kind)))
-        usual = _median(speeds, kind)
-        for name, speed in slowest.items():
-            share = getattr(speed, kind) / usual
-            text = f"{what} of rank {speed.rank} run at {share:.2f} of the median"
-            if share < BAD and not shared:
-                findings.blame(name, text)
-            elif share < (SHARED if shared else SLOW):
-                findings.warnings.append(f"{name} is slow: {text}")
-    return findings
-
-
-def _median(speeds: Sequence[Speed], kind: str) -> float:
-    """The upper one, so that of two the slow one is told."""
-    return statistics.median_high([getattr(s, kind) for s in speeds if getattr(s, kind) > 0] or [1.0])
-
-
-def _by_node(speeds: Sequence[Speed], kind: str) -> dict[str, float]:
-    """The slowest rank of each node."""
-    found: dict[str, float] = {}
-    for speed in speeds:
-        found[speed.node] = min(found.get(speed.node, float("inf")), round(getattr(speed, kind)))
-    return found
-
-
-def _in_words(what: str, speeds: Sequence[Speed], kind: str, unit: float, name: str) -> str:
-    usual, by_node = _median(speeds, kind), _by_node(speeds, kind)
-    slowest = min(by_node, key=lambda n: by_node[n])
-    where = f" (slowest {slowest}, {by_node[slowest] / usual:.2f} of the median)" if len(by_node) > 1 else ""
-    return f"{what} {usual / unit:.3g} {name}{where}"
-
-
 def _refuse(findings: Findings, nodes: Sequence[str]) -> None:
     """Raise what the faults amount to: what most nodes have is no fault of a node."""
     bad = [name for name in nodes if name in findings.faults]
@@ -468,7 +336,7 @@ def _refuse(findings: Findings, nodes: Sequence[str]) -> None:
     reasons = "; ".join(f"{name}: {', '.join(findings.faults[name])}" for name in bad)
     if len(bad) > len(nodes) / 2:
         raise UserError(f"preflight: {len(bad)} of {_count(len(nodes), 'node')} cannot train: {reasons}")
-    raise NodeFault(f"preflight: {reasons}", bad)
+    raise NodeFault(f"preflight: {reasons}; run on other nodes (sbatch --exclude={','.join(bad)})", bad)
 
 
 def _all_arrive(stage: str, attempt: int, names: Sequence[str]) -> None:

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from data_prep.errors import UserError
-from llama import node, run_folder
+from llama import node
 from llama import recipe as recipes
 from llama.config import Recipe
 from llama.device import find_device
 from llama.run_folder import RunFolder
-from llama.train import preflight
-from llama.train.preflight import Facts, NodeFault, Speed, judge, judge_speed, rounds
+from llama.train import preflight, stragglers
+from llama.train.preflight import Facts, NodeFault, judge
+from llama.train.stragglers import Speed, judge_speed, rounds
 from tests.dist import harness
 from tests.dist.layouts import recipe
 
@@ -96,26 +97,26 @@ def local_folder(config: Recipe, folder: Path) -> tuple[Recipe, Path]:
 
 
 def computes_more(config: Recipe, folder: Path) -> tuple[Recipe, Path]:
-    once = preflight._product
+    once = stragglers._product
 
     def often(a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         for _ in range(6):
             out = once(a, out)
         return out
 
-    preflight._product = often
+    stragglers._product = often
     return config, folder
 
 
 def computes_wrong(config: Recipe, folder: Path) -> tuple[Recipe, Path]:
-    once = preflight._product
+    once = stragglers._product
 
     def flipped(a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         out = once(a, out)
         out[3, 5] += 1
         return out
 
-    preflight._product = flipped
+    stragglers._product = flipped
     return config, folder
 
 
@@ -123,7 +124,7 @@ def device_fails(config: Recipe, folder: Path) -> tuple[Recipe, Path]:
     def fail(a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("uncorrectable ECC error encountered\nmore")
 
-    preflight._product = fail
+    stragglers._product = fail
     return config, folder
 
 
@@ -320,9 +321,6 @@ def test_a_disk_too_small_for_one_checkpoint_is_refused_and_for_all_is_told(tmp_
     (line,) = preflight.space(config, tmp_path, _nodes(2, disk_free=2 * one))
     assert "3 more checkpoints" in line
     assert preflight.space(config, tmp_path, _nodes(2, disk_free=3 * one)) == []
-    for step in (1, 2):  # two are there already and will be replaced
-        (there := tmp_path / f"checkpoints/{run_folder.PREFIX}{step:08d}").mkdir(parents=True)
-        (there / run_folder.MANIFEST).touch()
-    assert preflight.space(config, tmp_path, _nodes(2, disk_free=one)) == []
+    assert preflight.space(config, tmp_path, _nodes(2, disk_free=one, checkpoints=2)) == []  # which will be replaced
     unsaved = recipe(checkpoint__interval=0, checkpoint__at_end=False)
     assert preflight.space(unsaved, tmp_path, _nodes(2, disk_free=0)) == []
