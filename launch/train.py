@@ -9,12 +9,14 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from data_prep.errors import UserError
+from llama.run_folder import LastWords, RunFolder
 
 if TYPE_CHECKING:
     from llama.config import Recipe
@@ -125,13 +127,31 @@ def start(processes: int, arguments: list[str]) -> None:
 
 def work(recipe: Recipe) -> None:
     """This process's part of the run: join the others, train, leave."""
+    from llama.train.watchdog import Watchdog
+
+    with ExitStack() as joining:
+        if "HERD_RUN" in os.environ and "RANK" in os.environ:  # in a job, also a rank that never arrives is told
+            world, limits = int(os.environ["WORLD_SIZE"]), recipe.resilience
+            run, attempt = RunFolder(Path(os.environ["HERD_RUN"])), int(os.environ["HERD_ATTEMPT"])
+            timeout = limits.first_step_timeout if limits.hang_timeout else 0.0
+            joining.enter_context(Watchdog(run, attempt, int(os.environ["RANK"]), ("",) * world, timeout))
+        join(recipe)
+    from llama.train.loop import train
+
+    train(recipe, listening)
+    import torch.distributed as dist
+
+    dist.destroy_process_group()
+
+
+def join(recipe: Recipe) -> None:
+    """Meet the other ranks."""
     from datetime import timedelta
 
     import torch
     import torch.distributed as dist
 
     from llama.device import local_rank
-    from llama.train.loop import train
 
     device = found_device()
     if device.type != "cpu":
@@ -141,10 +161,9 @@ def work(recipe: Recipe) -> None:
     patience = timedelta(seconds=max(limits.hang_timeout, limits.first_step_timeout, 1800) + 120)
     if "RANK" in os.environ:
         dist.init_process_group(device.communication, timeout=patience)
+        dist.barrier()
     else:
         dist.init_process_group(device.communication, store=dist.HashStore(), rank=0, world_size=1)
-    train(recipe, listening)
-    dist.destroy_process_group()
 
 
 listening: StopRequest | None = None
@@ -186,6 +205,8 @@ def explain(error: Exception) -> tuple[str | None, int]:
     if ends_as(error) == "memory":
         remedy = "lower train.micro_batch_size or use train.activation_checkpointing=full"
         return f"rank {os.environ.get('RANK', '0')} ran out of memory: {remedy} ({str(error).splitlines()[0]})", 1
+    if ends_as(error) == "peer":
+        return f"rank {os.environ.get('RANK', '0')} lost another rank: {str(error).strip().splitlines()[0]}", 1
     if ends_as(error) == "user" and isinstance(error, OSError):
         return f"{error.filename or 'a file'} cannot be written or read: {error.strerror}", 1
     return None, 1
@@ -199,13 +220,14 @@ def ends_as(error: Exception) -> Kind:
         return "memory"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         return "user"
+    text = str(error)
+    if type(error).__name__ in ("DistNetworkError", "DistBackendError") or "gloo/transport" in text:
+        return "peer"
     return "error"
 
 
 def leave_word(error: Exception, text: str | None, order: int) -> None:
     """Write down why this rank ends, in the run folder."""
-    from llama.run_folder import LastWords, RunFolder
-
     opening = sys.modules.get("llama.train.opening")
     place = opening.current if opening is not None else None
     if place is None and "HERD_RUN" in os.environ:
@@ -217,7 +239,7 @@ def leave_word(error: Exception, text: str | None, order: int) -> None:
     words = text or f"{type(error).__name__}: {str(error).strip() or 'no message'}".splitlines()[0]
     rank = int(os.environ.get("RANK", "0"))
     run.leave_word(attempt, LastWords(ends_as(error), words, rank, nodes=nodes, order=order))
-    if order == 1:
+    if order == 1 and ends_as(error) != "peer":
         with contextlib.suppress(OSError):
             run.record("end", attempt, outcome="failed", reason=words)
 

@@ -16,14 +16,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
+import subprocess
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from data_prep.errors import UserError
 
@@ -33,9 +35,9 @@ PREFIX = "step-"
 DAMAGED = ".damaged"
 """Behind the name of a checkpoint that was found damaged."""
 
-Kind = Literal["user", "training", "memory", "hang", "node", "error"]
-"""What ended a rank: wrong use or full disks, training's own guard, memory, no progress, a bad node, anything else."""
-FINAL: tuple[Kind, ...] = ("user", "training", "memory")
+Kind = Literal["user", "memory", "node", "killed", "hang", "error", "peer"]
+"""What ended a rank: what its user can mend, memory, a bad node, a signal, no progress, anything else, another rank's end."""
+FINAL: tuple[Kind, ...] = ("user", "memory")
 """Ends that another attempt would meet again."""
 
 STALE = 120.0
@@ -180,23 +182,22 @@ class RunFolder:
             write_json(self.attempt(attempt) / f"failed-rank{word.rank:05d}.json", asdict(word))
 
     def last_words(self, attempt: int) -> list[LastWords]:
-        """Why ranks ended in this attempt, the likely cause first: who knew its own cause, then who was first."""
+        """Why ranks ended in this attempt, the likely cause first: who knew its cause, then who was first to end."""
         words = []
         for path in self.attempt(attempt).glob("failed-rank*.json"):
             with contextlib.suppress(TypeError):
                 found = read_json(path)
                 words.append(LastWords(**found | {"nodes": tuple(found.get("nodes", ()))}))
-        # An "error" may be no more than a peer's end; a hang is what its peers wait for.
-        weight = {"user": 0, "training": 0, "memory": 0, "node": 0, "hang": 1, "error": 2}
-        return sorted(words, key=lambda word: (weight.get(word.kind, 3), word.order or 1 << 30, word.time))
+        weight = {kind: place for place, kind in enumerate(get_args(Kind))}
+        return sorted(words, key=lambda word: (weight.get(word.kind, 9), word.order or 1 << 30, word.time))
 
 
 class Lock:
     """The right to train in a run folder: a file that names its owner, which shows that it lives by touching it.
 
     It survives a crash, so a dead owner must be told from a living one: a process that is gone from this host, an
-    earlier attempt of the same Slurm job, a Slurm job that `squeue` does not know as running (`alive`), or an owner that
-    has not touched the file for STALE seconds by the file server's own clock.
+    earlier attempt of the same Slurm job, a Slurm job that `squeue` does not know as running, or an owner that has not
+    touched the file for STALE seconds by the file server's own clock.
     """
 
     def __init__(self, run: RunFolder, attempt: int):
@@ -211,12 +212,22 @@ class Lock:
             "since": now(),
         }
 
-    def acquire(self, alive: Any = None) -> str | None:
-        """Take the lock; a line on whose it was when it had to be taken over.
+    def check(self) -> None:
+        """Raise UserError when somebody else trains here, without taking the lock."""
+        owner = read_json(self.path)
+        if owner and not self._dead(owner):
+            raise self._refusal(owner)
 
-        `alive(job)` says whether a Slurm job may still be running, None: cannot say. Raises UserError when the owner
-        lives.
-        """
+    def _refusal(self, owner: dict[str, Any]) -> UserError:
+        run = self.path.parent
+        return UserError(
+            f"run folder {run} is being trained in by {_in_words(owner)}; wait, stop that one (herd stop {run}), or choose "
+            "another run_dir=...",
+            2,
+        )
+
+    def acquire(self) -> str | None:
+        """Take the lock; a line on whose it was when it had to be taken over. Raises UserError when the owner lives."""
         note = None
         for _ in range(5):
             aside = self.path.with_name(f".lock.{self.mine['token']}")
@@ -229,7 +240,7 @@ class Lock:
             finally:
                 aside.unlink(missing_ok=True)
             owner = read_json(self.path)
-            if why := self._dead(owner, alive):
+            if why := self._dead(owner):
                 note = f"the lock of {_in_words(owner)} is taken over: {why}"
                 stale = self.path.with_name(f".lock.stale.{uuid.uuid4().hex}")
                 with contextlib.suppress(FileNotFoundError):
@@ -239,21 +250,17 @@ class Lock:
                         os.link(stale, self.path)
                 stale.unlink(missing_ok=True)
                 continue
-            raise UserError(
-                f"run folder {self.path.parent} is being trained in by {_in_words(owner)}; wait, stop that one "
-                f"(herd stop {self.path.parent}), or choose another run_dir=...",
-                2,
-            )
+            raise self._refusal(owner)
         raise UserError(f"run folder {self.path.parent}: others keep taking its lock; try again", 2)
 
-    def _dead(self, owner: dict[str, Any], alive: Any) -> str | None:
+    def _dead(self, owner: dict[str, Any]) -> str | None:
         """Why the owner is dead; None: it may live."""
         job = owner.get("job")
         if job and job == self.mine["job"]:
             return "an earlier attempt of this job"
         if owner.get("host") == self.mine["host"] and not job and _born(int(owner.get("pid", 0))) != owner.get("born"):
             return "its process is gone"
-        if job and alive is not None and alive(str(job)) is False:
+        if job and job_alive(str(job)) is False:
             return f"Slurm job {job} has ended"
         silent = self._file_server_time() - self._touched()
         return f"no sign of life for {silent:.0f} s" if silent > STALE else None
@@ -290,6 +297,20 @@ class Lock:
         """Give it back, if it is ours."""
         if self.held():
             self.path.unlink(missing_ok=True)
+
+
+def job_alive(job: str) -> bool | None:
+    """Whether a Slurm job may still run; None where nobody can say."""
+    if not shutil.which("squeue"):
+        return None
+    command = ["squeue", "-h", "-t", "all", "-j", job, "-o", "%T"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if done.returncode:
+        return False if "Invalid job id" in done.stderr else None
+    return any(word in {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING"} for word in done.stdout.split())
 
 
 def _in_words(owner: dict[str, Any]) -> str:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import socket
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ from data_prep.errors import UserError
 from llama import provenance
 from llama import recipe as recipes
 from llama.config import Recipe
+from llama.node import node_name
 from llama.run_folder import Lock, RunFolder
 from llama.train.journal import Journal
 from llama.train.watchdog import Watchdog
@@ -46,25 +44,6 @@ current: tuple[RunFolder, int] | None = None
 """Folder and attempt of the run that this process is in: where its last words go."""
 
 
-def node_name() -> str:
-    """This node as Slurm calls it, else its host name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def job_alive(job: str) -> bool | None:
-    """Whether a Slurm job may still run; None where nobody can say."""
-    if not shutil.which("squeue"):
-        return None
-    command = ["squeue", "-h", "-t", "all", "-j", job, "-o", "%T"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if done.returncode:
-        return False if "Invalid job id" in done.stderr else None
-    return any(word in {"RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING"} for word in done.stdout.split())
-
-
 @contextmanager
 def open_run(recipe: Recipe) -> Iterator[Opened]:
     """The run folder for as long as this run holds it. Collective.
@@ -81,7 +60,7 @@ def open_run(recipe: Recipe) -> Iterator[Opened]:
                 attempt = int(os.environ.get("HERD_ATTEMPT") or max(run.attempts(), default=0) + 1)
                 run.attempt(attempt).mkdir(parents=True, exist_ok=True)
                 lock = Lock(run, attempt)
-                note = lock.acquire(job_alive)
+                note = lock.acquire()
                 stack.callback(lock.release)
                 notes += [note] if note else []
                 recipes.save(recipe, run.recipe)

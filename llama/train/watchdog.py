@@ -76,9 +76,7 @@ class Watchdog:
     def _end(self, silent: float) -> None:
         """Write stacks, wait for the others to write theirs, say who did not, end."""
         assert self.stacks is not None
-        self.stacks.write(
-            f"rank {self.rank} on {self.hosts[self.rank]}: no progress for {silent:.0f} s in {self.doing}\n"
-        )
+        self.stacks.write(f"rank {self.rank}: no progress for {silent:.0f} s in {self.doing}\n")
         self.stacks.flush()
         faulthandler.dump_traceback(self.stacks, all_threads=True)
         os.fsync(self.stacks.fileno())
@@ -93,10 +91,10 @@ class Watchdog:
                 mute.append((rank, host))
         text = f"no progress for {silent:.0f} s in {self.doing}"
         if mute:
-            names = ", ".join(f"rank {rank} on {host}" for rank, host in mute[:8])
+            names = ", ".join(f"rank {rank} on {host}" if host else f"rank {rank}" for rank, host in mute[:8])
             text += f"; {names}{' and more' if len(mute) > 8 else ''} did not even write a stack, the others wait"
-        nodes = tuple(sorted({host for _, host in mute}))
-        word = LastWords("hang", f"{text}; stacks are in {folder}", self.rank, self.hosts[self.rank], nodes)
+        nodes = tuple(sorted({host for _, host in mute if host}))
+        word = LastWords("hang", f"{text}; stacks are in {folder}", self.rank, nodes=nodes)
         self.run.leave_word(self.attempt, word)
         if self.rank == next((r for r in range(len(self.hosts)) if (r, self.hosts[r]) not in mute), 0):
             print(f"herd: {word.text}", flush=True)

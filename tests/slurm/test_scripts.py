@@ -22,7 +22,7 @@ JOB = {
     "HERD_CACHE": "/shared/cache",
 }
 STARTED = (
-    "-m torch.distributed.run --nnodes 4 --node-rank 2 --nproc-per-node {ranks} --master-addr node1 "
+    "-m launch.torchrun --nnodes 4 --node-rank 2 --nproc-per-node {ranks} --master-addr node1 "
     "--master-port 20008 --max-restarts 0 -m launch.train"
 )
 TRAINIUM = {
@@ -37,14 +37,14 @@ TRAINIUM = {
     "TORCH_NEURONX_NEFF_LOCAL_CACHE_DIR": f"/tmp/herd-neff-{os.getuid()}",
 }
 PLAIN = {"HERD_CACHE": "/shared/cache", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": "/shared/cache/inductor"}
-GPU = PLAIN | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+GPU = PLAIN | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_FR_BUFFER_SIZE": "2000"}
 # What the caller sets -> ranks on the node, and all that Python then finds in its environment beside the caller's.
 KINDS: dict[str, tuple[dict[str, str], int, dict[str, str]]] = {
-    "trn1": ({"HERD_NODE_TYPE": "trn1"}, 32, TRAINIUM),
-    "trn2": ({"HERD_NODE_TYPE": "trn2"}, 64, TRAINIUM),
+    "trn2": ({"HERD_NODE_TYPE": "trn2.48xlarge"}, 64, TRAINIUM),
     "trn2_single_cores": ({"HERD_NODE_TYPE": "trn2", "NEURON_LOGICAL_NC_CONFIG": "1"}, 128, TRAINIUM),
     "trn3": ({"HERD_NODE_TYPE": "trn3"}, 64, TRAINIUM),
     "gpu": ({"HERD_NODE_TYPE": "gpu", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, 8, GPU),
+    "8xH200": ({"HERD_NODE_TYPE": "8xH200", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, 8, GPU),
     "gpu_some": ({"HERD_NODE_TYPE": "gpu", "CUDA_VISIBLE_DEVICES": "2,3"}, 2, GPU),
     "cpu": ({"HERD_NODE_TYPE": "cpu", "OMP_NUM_THREADS": "1"}, 1, PLAIN),
     "cpu_ranks": ({"HERD_NODE_TYPE": "cpu", "HERD_RANKS_PER_NODE": "999"}, 999, PLAIN),
@@ -54,6 +54,7 @@ KINDS: dict[str, tuple[dict[str, str], int, dict[str, str]]] = {
         TRAINIUM | {"FI_PROVIDER": "sockets", "OMP_NUM_THREADS": "4"},
     ),
 }
+KIND_OF = {"trn2_single_cores": "trn2", "8xH200": "gpu", "gpu_some": "gpu", "cpu_ranks": "cpu", "own_values": "trn2"}
 PREFIXES = ("FI_", "NEURON", "TORCH", "PYTORCH", "MALLOC", "OMP", "HERD_CACHE")
 
 
@@ -85,7 +86,7 @@ def test_a_node_starts_torchrun_with_the_ranks_and_the_environment_of_its_kind(k
     mine = {key: value for key, value in found.items() if key.startswith(PREFIXES) and key != "FI_EFA_FORK_SAFE"}
     mine.pop("NEURON_LOGICAL_NC_CONFIG", None)
     assert mine == expected
-    assert found["HERD_RANKS_PER_NODE"] == str(ranks) and found["HERD_NODE_TYPE"] == given["HERD_NODE_TYPE"]
+    assert found["HERD_RANKS_PER_NODE"] == str(ranks) and found["HERD_NODE_TYPE"] == KIND_OF.get(kind, kind)
     assert found["PYTHONPATH"].split(":")[0] == str(ROOT)
     assert int(found["LIMIT"]) >= min(65535, int(subprocess.check_output(["bash", "-c", "ulimit -H -n"]) or 0))
 
@@ -102,11 +103,14 @@ def test_llama_7b_takes_the_recipe_of_the_node_and_overrides_last(kind: str, rec
 
 
 def test_wrong_use_is_answered_in_one_line() -> None:
-    done = _node("./llama_7b.sh")
-    assert done.returncode == 2 and done.stderr == "herd: node.sh takes: train RECIPE [key=value ...]\n"
+    done = _node("train")
+    assert done.returncode == 2 and done.stderr == "herd: node.sh takes a recipe: RECIPE [key=value ...]\n"
     done = _node("train", "tiny_cpu", HERD_NODE_TYPE="tpu")
     assert done.returncode != 0
-    assert done.stderr == "herd: HERD_NODE_TYPE=tpu is not one of trn1, trn2, trn3, gpu, cpu\n"
+    assert done.stderr == "herd: HERD_NODE_TYPE=tpu is not one of trn2, trn3, gpu, cpu, nor an instance of these\n"
+    done = _node("train", "tiny_cpu", HERD_NODE_TYPE="trn1.32xlarge")
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.startswith("herd: trn1.32xlarge: Trn1 is not supported: AWS ended") and done.stderr.count("\n") == 1
 
 
 def test_the_scripts_pass_shellcheck() -> None:
