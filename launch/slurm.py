@@ -124,17 +124,19 @@ def comment(step: str, folder: Path) -> str:
     return f"herd {step} {folder}"
 
 
-def _environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+def _environment(program: str, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """The caller's, without settings that change what squeue and sinfo print."""
+    if program not in ("squeue", "sinfo"):
+        return os.environ | dict(more or {})  # a job inherits it: nothing of ours may slip in
     mine = {key: value for key, value in os.environ.items() if not key.startswith(("SQUEUE_", "SINFO_"))}
-    return mine | {"SLURM_TIME_FORMAT": "%s"} | dict(more or {})
+    return mine | {"SLURM_TIME_FORMAT": "%s"}
 
 
 def call(command: Sequence[str], environment: Mapping[str, str] | None = None, folder: Path | None = None) -> str:
     """Both outputs of a Slurm command. UserError in Slurm's own words when it fails."""
     try:
         done = subprocess.run(
-            command, env=_environment(environment), cwd=folder, stdin=subprocess.DEVNULL, capture_output=True,
+            command, env=_environment(command[0], environment), cwd=folder, stdin=subprocess.DEVNULL, capture_output=True,
             text=True, errors="replace", timeout=60, check=False,
         )  # fmt: skip
     except FileNotFoundError:

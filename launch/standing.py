@@ -131,6 +131,8 @@ def _running(facts: Facts, line: slurm.Job, now: float) -> State:
     verdict = facts.last("verdict")
     if verdict.get("verdict") in ("restart", "requeue"):
         return State("restarting", _said("restarting", verdict.get("reason")))
+    if verdict.get("verdict") == "stop" and str(facts.stop.get("job")) not in facts.jobs:
+        return State("ending", _said("ending", verdict.get("reason")))  # when preempted, it waits again in a moment
     if verdict:
         return _over(facts, None)
     if lost := facts.last("lost"):
@@ -153,6 +155,9 @@ def _working(facts: Facts, now: float) -> State:
     number = f" (attempt {facts.attempt})" if facts.attempt > 1 else ""
     if not step:
         since = f", for {_minutes(quiet)}" if quiet > 60 else ""
+        before: dict[str, Any] = next((event for event in reversed(facts.events) if event["event"] == "verdict"), {})
+        if before.get("verdict") in ("restart", "requeue") and str(before.get("job")) in facts.jobs:
+            return State("restarting", _said(f"restarting{number}{since}", before.get("reason")))
         return State("starting", f"compiling/starting{number}{since}")
     if quiet > max(QUIET, SLOW_STEPS * float(facts.status.get("step_time") or 0)):
         return State("silent", f"silent for {_minutes(quiet)} (its processes live; hung, or a long save?)")
@@ -196,7 +201,7 @@ def _said(word: str, reason: object) -> str:
 
 
 def first_line(reason: object) -> str:
-    return str(reason or "").strip().partition("\n")[0]
+    return ("" if reason is None else str(reason)).strip().partition("\n")[0]
 
 
 def _minutes(seconds: float) -> str:
@@ -245,10 +250,18 @@ def ask(ids: Iterable[str] = ()) -> list[slurm.Job] | None:
 
 
 def find(name: str | Path) -> RunFolder:
-    """The run folder of this path, or of this name under runs/. UserError when there is none."""
+    """The run folder of this path, or of this name under runs/, or that a job in the queue will make.
+
+    UserError when there is none.
+    """
     given = Path(name)
-    for path in (given, Path("runs") / given):
+    places = (given, Path("runs") / given)
+    for path in places:
         if is_run(path):
+            return RunFolder(path)
+    promised = {line.run for line in (ask() if slurm.here() else None) or [] if line.live}
+    for path in places:
+        if str(path.absolute()) in promised:
             return RunFolder(path)
     if given.exists():
         raise UserError(f"{name}: is no run folder: it has no recipe.yaml and no job.json", 2)

@@ -50,7 +50,7 @@ class Row:
             "validation_loss": status.get("validation_loss"),
             "tokens_per_second": status.get("tokens_per_second"),
             "mfu": status.get("mfu"),
-            "seconds_left": left if self.state.active else None,
+            "seconds_left": left if self.state.word in ("training", "silent", "ending") else None,
             "skipped_steps": status.get("skipped_steps"),
             "nodes": nodes,
             "bad_nodes": bad_nodes(self.facts.events),
@@ -70,7 +70,7 @@ def rows(queue: Sequence[slurm.Job] | None, now: float) -> list[Row]:
     known = {str(run_folder.read_json(RunFolder(path).job).get("job")) for path in folders}
     strangers = []
     for line in queue or []:
-        if line.run and Path(line.run).is_dir():
+        if line.step == "run" and line.run and (line.live or Path(line.run).is_dir()):
             folders.setdefault(Path(line.run).resolve(), Path(line.run))
         elif line.live and line.step and line.id not in known:
             found = _folder_of(line)

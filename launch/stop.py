@@ -44,7 +44,7 @@ def ask_to_end(run: RunFolder, say: Callable[[str], None]) -> bool:
             os.kill(int(facts.owner["pid"]), signal.SIGUSR1)
         say(f"process {facts.owner['pid']} is asked to save and end")
         return True
-    if trains:  # before any signal, or the job would take itself for one that should go on
+    if trains and run.path.is_dir():  # before any signal, or the job would take itself for one that should go on
         write_json(run.stop, {"job": trains.id, "time": now()})
     for line in reversed(found):  # the last of a chain first, so that none begins because another ended
         if line is trains and not line.waiting:

@@ -244,7 +244,7 @@ def _check_folder(plan: Plan) -> None:
         owner = facts.line.id if facts.line and facts.line.live else facts.owner.get("pid")
         what = "job" if facts.line and facts.line.live else "process"
         raise UserError(
-            f"run folder {run.path} is taken by {what} {owner} ({state.text}); herd stop it, or choose another run_dir=...",
+            f"run folder {run.path} is taken by {what} {owner} ({state.text}); herd stop {run.path}, or choose another run_dir=...",
             2,
         )
 

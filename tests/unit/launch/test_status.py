@@ -132,7 +132,8 @@ CASES: dict[str, tuple[Scene, list[slurm.Job], str, str]] = {
         "training",
     ),
     "second attempt has no step yet": (
-        lambda f: f.job().step(5).event("verdict", verdict="restart").event("start", 2), [RUNNING], "starting", "(attempt 2)",
+        lambda f: f.job().step(5).event("verdict", verdict="restart").event("start", 2), [RUNNING], "restarting",
+        "restarting (attempt 2)",
     ),
     "requeued": (
         lambda f: f.job().event("start").event("verdict", verdict="requeue", reason="node1 lost"),
@@ -143,7 +144,16 @@ CASES: dict[str, tuple[Scene, list[slurm.Job], str, str]] = {
         "node1 lost",
     ),
     "requeued and started": (
-        lambda f: f.job().event("verdict", verdict="requeue").job(attempt=2, restarts=1), [RUNNING], "starting", "(attempt 2)",
+        lambda f: f.job().event("verdict", verdict="requeue", reason="node1 lost").job(attempt=2, restarts=1), [RUNNING],
+        "restarting", "restarting (attempt 2): node1 lost",
+    ),
+    "a new job after one that was requeued": (
+        lambda f: f.job().event("verdict", verdict="requeue").job(attempt=2, job="13"), [replace(RUNNING, id="13")], "starting",
+        "compiling/starting (attempt 2)",
+    ),
+    "preempted": (
+        lambda f: f.job().event("end", outcome="stopped").event("verdict", verdict="stop", reason="Slurm ends this job"),
+        [replace(RUNNING, state="COMPLETING")], "ending", "ending: Slurm ends this job",
     ),
     "submitted anew after a failure": (
         lambda f: f.job().event("end", outcome="failed", reason="x").event("verdict", verdict="fail"),
