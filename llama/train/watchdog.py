@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,7 @@ from typing import IO
 from llama.run_folder import LastWords, Lock, RunFolder
 
 GRACE = 5.0
-"""Seconds that ranks leave each other to write their stacks, since the first to end takes the others along."""
+"""Most seconds that ranks leave each other to write their stacks, since the first to end takes the others along."""
 TOUCH = 10.0
 """Seconds between signs of life in the run folder's lock."""
 
@@ -81,7 +82,7 @@ class Watchdog:
         faulthandler.dump_traceback(self.stacks, all_threads=True)
         os.fsync(self.stacks.fileno())
         self._flight_recorder()
-        if self.ended.wait(GRACE):
+        if self.ended.wait(min(GRACE, self.limit / 2)):
             return  # it went on after all
         folder = self.run.attempt(self.attempt)
         mute = []
@@ -102,9 +103,8 @@ class Watchdog:
 
     def _flight_recorder(self) -> None:
         """torch's record of the last collectives, where TORCH_FR_BUFFER_SIZE asked for one (slurm/env.sh does)."""
+        c10d = sys.modules.get("torch._C._distributed_c10d")
         with contextlib.suppress(Exception):
-            import torch._C._distributed_c10d as c10d
-
             dump: Callable[[], bytes] | None = getattr(c10d, "_dump_nccl_trace", None)
             dump = dump or getattr(c10d, "_dump_fr_trace", None)  # the name since torch 2.10, for every backend
             if dump is not None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from pathlib import Path
 
 import pytest
 
-from llama.train.signals import STOPS, StopRequest
+from llama.train.signals import ASKED, STOPS, StopRequest
 
 
 @pytest.mark.parametrize("number", STOPS, ids=lambda number: number.name)
@@ -43,3 +45,22 @@ def test_a_handler_installed_outside_python_does_not_break_the_exit() -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     for number, handler in before.items():
         signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def test_the_end_of_the_job_s_time_stops_while_a_step_and_a_save_still_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HERD_JOB_ENDS", str(time.time() + 100))
+    stop = StopRequest.of_job()
+    assert not stop.wanted(needed=90) and not stop.received
+    assert stop.wanted(needed=110) and stop.name == "time limit"
+    assert stop.wanted(needed=0), "once is enough"
+    monkeypatch.setenv("HERD_JOB_ENDS", "")
+    assert not StopRequest.of_job().wanted(needed=1e9)
+
+
+def test_a_request_that_came_before_the_process_could_listen_is_heard(tmp_path: Path) -> None:
+    stop = StopRequest()
+    stop.look(tmp_path)
+    assert not stop.received
+    (tmp_path / ASKED).touch()
+    stop.look(tmp_path)
+    assert stop.name == "SIGUSR1"
