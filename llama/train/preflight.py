@@ -50,6 +50,8 @@ PACKAGES = ("numpy", "torch-neuronx", "neuronx-cc")
 
 DEADLINE = 60.0
 """Seconds for a node to look at its own disks and devices: a healthy one takes 0.1, a dead file server for ever."""
+FAREWELL = 5.0
+"""Seconds that ranks wait for one another before they end with an error."""
 SEEN_WITHIN = 5.0
 """Seconds for the first node's file to show on the others: NFS shows a new name at once, object stores take a while."""
 LEFT = 0.8
@@ -108,6 +110,23 @@ def preflight(
     wish = os.environ.get("HERD_PREFLIGHT", "")
     if wish == "0":
         return
+    try:
+        _preflight(recipe, device, layout, run, attempt, say, alone=wish == "1")
+    except UserError:
+        _leave_together(attempt)
+        raise
+
+
+def _preflight(
+    recipe: Recipe,
+    device: Device,
+    layout: Layout,
+    run: RunFolder,
+    attempt: int,
+    say: Callable[[str], None],
+    alone: bool,
+) -> None:
+    """`alone`: measure speed on one node too."""
     started = time.perf_counter()
     rank, name = dist.get_rank(), node.node_name()
     met = _gather((name, uuid.uuid4().hex))
@@ -136,7 +155,7 @@ def preflight(
     findings = judge(facts)
     if not findings.faults:
         findings.warnings += space(recipe, run.path, facts)
-    if findings.faults or (len(nodes) == 1 and wish != "1"):
+    if findings.faults or (len(nodes) == 1 and not alone):
         return settle(findings)
 
     speeds, reduce_seconds = measure(device, attempt, names, findings)
@@ -364,6 +383,15 @@ def _all_arrive(stage: str, attempt: int, names: Sequence[str]) -> None:
             store.set(verdict, json.dumps(late))
     if late:
         raise NodeFault(f"preflight: {', '.join(late)}: no answer within {DEADLINE:.0f} s from {stage}", late)
+
+
+def _leave_together(attempt: int) -> None:
+    """Wait until all ranks know the verdict: one that ended before would break the gathering that others are still in."""
+    store, rank, world = dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size()
+    keys = [f"herd/preflight/{attempt}/told/{i}" for i in range(world)]
+    with contextlib.suppress(RuntimeError):  # a rank hangs, or the first has ended already and its store with it
+        store.set(keys[rank], "told")
+        store.wait(keys, timedelta(seconds=FAREWELL))
 
 
 def _gather(value: Any) -> list[Any]:

@@ -59,11 +59,13 @@ def _preflight(rank: int, folder: Path, per_node: int, plant: tuple[int, Plant] 
 
 
 def _short(rank: int, folder: Path, per_node: int, plant: tuple[int, Plant]) -> Told:
-    return _preflight(rank, folder, per_node, plant, SEEN_WITHIN=0.3, DEADLINE=1.0)
+    stragglers.PRODUCT_SECONDS = 0.05
+    return _preflight(rank, folder, per_node, plant, SEEN_WITHIN=0.3, DEADLINE=1.0, FAREWELL=1.0)
 
 
 def _never_too_slow(rank: int, folder: Path, per_node: int, plant: tuple[int, Plant]) -> Told:
-    """With an accelerator's judgement of speed, of what a CPU really takes."""
+    """With an accelerator's judgement of what a CPU really takes; milder, since other tests may run on these cores."""
+    stragglers.BAD = 0.1
     strict = preflight.judge_speed
     return _preflight(rank, folder, per_node, plant, judge_speed=lambda speeds, shared: strict(speeds, shared=False))
 
@@ -100,7 +102,7 @@ def computes_more(config: Recipe, folder: Path) -> tuple[Recipe, Path]:
     once = stragglers._product
 
     def often(a: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        for _ in range(6):
+        for _ in range(30):
             out = once(a, out)
         return out
 
@@ -233,6 +235,25 @@ def test_herd_preflight_switches_it_off_or_measures_one_node_too(tmp_path: Path)
     assert harness.run(1, _switched, folder, "0")[0].lines == [] and list(folder.iterdir()) == []
     (line,) = (line for line in harness.run(2, _switched, folder, "1")[0].lines if "warning" not in line)
     assert line.startswith("preflight: 1 node in ") and "links" not in line
+
+
+def _late_reader(rank: int, folder: Path) -> Told:
+    """Rank 1 takes a second after each gathering, as one whose node swaps."""
+    gather = preflight._gather
+
+    def late(value: Any) -> list[Any]:
+        found = gather(value)
+        time.sleep(1.0 if rank == 1 else 0.0)
+        return found
+
+    return _preflight(rank, folder, 1, (2, other_recipe), _gather=late)
+
+
+def test_no_rank_ends_before_all_know_why(tmp_path: Path) -> None:
+    """The first to end would break the others' collectives, which then tell of a lost peer instead."""
+    told = harness.run(3, _late_reader, _folder(tmp_path))
+    assert {rank.nodes for rank in told} == {("node3",)}
+    assert min(rank.seconds for rank in told) > 1.9
 
 
 def _unreachable(rank: int, folder: Path) -> Told:
