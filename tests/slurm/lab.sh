@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # A real Slurm of several virtual nodes on this machine, for tests; everything is gone when its standard input closes.
 #
-#   lab.sh serve DIR [NODES]        runs the lab until its standard input ends; DIR/ready appears when nodes are idle
+#   lab.sh serve DIR [NODES]        runs the lab until its standard input ends; DIR/ready appears when nodes are idle,
+#                                   and DIR goes at the end
 #   lab.sh exec DIR head|nodeN CMD  runs CMD there, from the folder you are in
-#   lab.sh kill DIR nodeN           power failure of a node
+#   lab.sh kill DIR nodeN [silent]  power failure of a node: kill -9 of its process 1; silent: its peers hear nothing
 #   lab.sh start DIR nodeN          power on again
-#   lab.sh shell [NODES]            a shell on the head node of a new lab, for people
 #
 # The head node (munged, slurmctld, and where sbatch is called) and each compute node (slurmd) are network, host name,
 # mount and process namespaces of their own, the nodes inside the head's: no port, name or file of this machine is
 # taken, several labs may run at once, and the kernel ends every process and interface with the head's process 1.
 # Nodes share the machine's file system but for /tmp and /dev/shm, as a cluster does; LAB_SHARED=DIR:DIR names folders
-# under /tmp that they share all the same. Needs root and Debian's slurmctld, slurmd, slurm-client, munge, iproute2.
+# under /tmp that they share all the same. What is mounted under DIR/disks on the head node, all nodes see.
+# Needs root and Debian's slurmctld, slurmd, slurm-client, munge, iproute2.
 set -euo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 SELF=$(readlink -f "${BASH_SOURCE[0]}")
@@ -37,8 +38,11 @@ child_of() { # process id, as seen from here, of process 1 in the namespace that
 
 configure() { # DIR NODES
   local dir=$1 nodes=$2 i
-  mkdir -p "$dir"/{log,state,devices}
-  for i in {0..7}; do ln -sfn /dev/null "$dir/devices/nvidia$i"; done # Slurm wants devices, of whatever kind
+  mkdir -p "$dir"/{log,state,devices,disks}
+  for i in {0..15}; do # Slurm wants devices, of whatever kind
+    ln -sfn /dev/null "$dir/devices/nvidia$i"
+    ln -sfn /dev/null "$dir/devices/neuron$i"
+  done
   head -c 1024 /dev/urandom >"$dir/munge.key"
   chmod 400 "$dir/munge.key"
   {
@@ -47,7 +51,10 @@ configure() { # DIR NODES
     # Both families, or each look-up of the missing one waits for a name server that is not there.
     for ((i = 1; i <= nodes; i++)); do printf '%s node%d\n' "$NET.$i" "$i" "::ffff:$NET.$i" "$i"; done
   } >"$dir/hosts"
-  echo "NodeName=node[1-$nodes] Name=gpu Type=h200 Count=8 File=$dir/devices/nvidia[0-7]" >"$dir/gres.conf"
+  {
+    echo "NodeName=node[1-$nodes] Name=gpu Type=h200 Count=8 File=$dir/devices/nvidia[0-7]"
+    echo "NodeName=node[1-$nodes] Name=neuron Count=16 File=$dir/devices/neuron[0-15]"
+  } >"$dir/gres.conf"
   cat >"$dir/slurm.conf" <<CONF
 ClusterName=lab
 SlurmctldHost=head($NET.254)
@@ -71,37 +78,43 @@ MpiDefault=none
 SlurmdParameters=config_overrides
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-GresTypes=gpu
+GresTypes=gpu,neuron
 JobRequeue=1
 ReturnToService=2
 SlurmdTimeout=10
 KillWait=5
 MessageTimeout=5
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
-NodeName=DEFAULT CPUs=16 RealMemory=64000 Gres=gpu:h200:8
+# A job in urgent sends jobs of main back to the queue.
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+NodeName=DEFAULT CPUs=16 RealMemory=64000 Gres=gpu:h200:8,neuron:16
+PartitionName=DEFAULT MaxTime=INFINITE DefaultTime=10
 CONF
   for ((i = 1; i <= nodes; i++)); do echo "NodeName=node$i NodeAddr=$NET.$i" >>"$dir/slurm.conf"; done
-  echo "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10" >>"$dir/slurm.conf"
+  echo "PartitionName=main Nodes=ALL Default=YES PriorityTier=1" >>"$dir/slurm.conf"
+  echo "PartitionName=urgent Nodes=ALL PriorityTier=10" >>"$dir/slurm.conf"
 }
 
 serve() { # DIR [NODES]
-  local dir nodes=${2:-4} pid
+  local dir nodes=${2:-5} pid
   dir=$(mkdir -p "$1" && cd "$1" && pwd)
   configure "$dir" "$nodes"
   unshare --mount --propagation private --net --uts --pid --fork --kill-child --mount-proc \
     bash "$SELF" _head "$dir" "$nodes" <&0 >"$dir/log/head" 2>&1 &
   pid=$!
   child_of "$pid" >"$dir/head.pid"
-  wait "$pid" || true
-  rm -f "$dir/ready"
+  if wait "$pid"; then rm -rf "$dir"; fi # when it failed, its logs say why
 }
 
-_head() { # process 1 of the head node
+head_node() { # process 1 of the head node
   local dir=$1 nodes=$2 i k
   hostname head
   mount --bind "$dir/hosts" /etc/hosts
   mount --bind /dev/null /etc/resolv.conf
   mount -t tmpfs -o mode=755 tmpfs /run # munged's socket
+  mount --bind "$dir/disks" "$dir/disks"
+  mount --make-shared "$dir/disks" # the only folder whose mounts reach the nodes
   ip link set lo up
   ip link add lab type bridge
   ip addr add "$NET.254/24" dev lab
@@ -113,7 +126,7 @@ _head() { # process 1 of the head node
   slurmctld -D &
   for ((i = 1; i <= nodes; i++)); do start_node "$dir" "node$i"; done
   for ((k = 0; k < 300; k++)); do
-    if [[ $(sinfo -h -N -o %T 2>/dev/null | grep -cx idle) == "$nodes" ]]; then
+    if [[ $(sinfo -h -N -p main -o %T 2>/dev/null | grep -cx idle) == "$nodes" ]]; then
       touch "$dir/ready"
       break
     fi
@@ -124,17 +137,38 @@ _head() { # process 1 of the head node
 
 start_node() { # DIR nodeN, on the head node
   local dir=$1 name=$2 i=${2#node} pid init
+  [[ -z $(init_of "$dir" "$name") ]] || die "$name is on"
   ip link del "port$i" 2>/dev/null || true
-  unshare --mount --propagation private --net --uts --pid --fork --kill-child --mount-proc \
+  # In a session of its own: it outlives the terminal of whoever starts it again.
+  setsid unshare --mount --propagation slave --net --uts --pid --fork --kill-child --mount-proc \
     bash "$SELF" _node "$dir" "$name" </dev/null >>"$dir/log/$name" 2>&1 &
   pid=$!
   init=$(child_of "$pid")
   ip link add "port$i" type veth peer name eth0 netns "$init"
   ip link set "port$i" master lab up
   echo "$init" >"$dir/$name.pid"
+  readlink "/proc/$init/ns/pid" >"$dir/$name.space" # so that its processes are known from outside, dead ones too
 }
 
-_node() { # process 1 of a compute node
+init_of() { # DIR nodeN, on the head node: its process 1; nothing when the node is off
+  local pid
+  pid=$(cat "$1/$2.pid" 2>/dev/null) || return 0
+  # The number may have gone to another process.
+  [[ $(readlink "/proc/$pid/ns/pid") != "$(cat "$1/$2.space" 2>/dev/null)" ]] || echo "$pid"
+}
+
+kill_node() { # DIR nodeN [silent], on the head node
+  local init
+  init=$(init_of "$1" "$2")
+  [[ -n $init ]] || die "$2 is off"
+  # A dying process closes its connections; without its cable, peers learn nothing, as of a power failure.
+  [[ ${3:-} != silent ]] || ip link set "port${2#node}" down
+  kill -9 "$init"
+  # Process 1 goes last: then every process, mount and interface of the node is gone.
+  while [[ -e /proc/$init ]]; do sleep 0.02; done
+}
+
+compute_node() { # process 1 of a compute node
   local dir=$1 name=$2 shared folder k
   hostname "$name"
   # A node's own /tmp, with the shared folders under it carried over.
@@ -167,34 +201,29 @@ _node() { # process 1 of a compute node
 }
 
 enter() { # DIR head|nodeN CMD...
-  local dir=$1 name=$2 into
+  local dir=$1 name=$2
   shift 2
-  into=(nsenter -t "$(cat "$dir/head.pid")" -m -n -u -p --)
-  [[ $name == head ]] || into+=(nsenter -t "$(cat "$dir/$name.pid")" -m -n -u -p --)
-  exec "${into[@]}" env -C "$PWD" SLURM_CONF="$dir/slurm.conf" "$@"
+  [[ $name == head ]] || set -- bash "$SELF" _enter "$dir" "$name" "$@"
+  exec nsenter -t "$(cat "$dir/head.pid")" -m -n -u -p -- env -C "$PWD" SLURM_CONF="$dir/slurm.conf" "$@"
 }
 
-shell() { # [NODES]
-  local dir k
-  dir=$(mktemp -d /var/tmp/lab.XXXXXX)
-  mkfifo "$dir/stdin"
-  bash "$SELF" serve "$dir" "${1:-4}" <"$dir/stdin" &
-  exec 9>"$dir/stdin"
-  for ((k = 0; k < 400; k++)); do [[ ! -e $dir/ready ]] || break; sleep 0.1; done
-  bash "$SELF" exec "$dir" head bash 9>&- || true
-  exec 9>&-
-  wait
-  rm -rf "$dir"
+enter_node() { # DIR nodeN CMD..., on the head node
+  local init
+  init=$(init_of "$1" "$2")
+  [[ -n $init ]] || die "$2 is off"
+  exec nsenter -t "$init" -m -n -u -p -- env -C "$PWD" "${@:3}"
 }
 
-verb=${1:?"serve, exec, kill, start or shell"}
+verb=${1:?"serve, exec, kill or start"}
 shift
 case $verb in
-  serve | shell) "$verb" "$@" ;;
+  serve) serve "$@" ;;
   exec) enter "$@" ;;
-  kill) enter "$1" head kill -9 "$(cat "$1/$2.pid")" ;;
-  start) enter "$1" head bash "$SELF" _start "$1" "$2" ;;
+  kill | start) enter "$1" head bash "$SELF" "_$verb" "$@" ;;
+  _enter) enter_node "$@" ;;
+  _kill) kill_node "$@" ;;
   _start) start_node "$@" ;;
-  _head | _node) "$verb" "$@" ;;
+  _head) head_node "$@" ;;
+  _node) compute_node "$@" ;;
   *) die "no verb $verb" ;;
 esac

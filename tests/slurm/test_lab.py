@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shutil
 import sys
@@ -14,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_prep.indexed import IndexedWriter
-from tests.slurm.conftest import ROOT, Lab, shared_folders
+from tests.slurm.conftest import ROOT, Lab
 
 # What makes Llama-2 7B small enough for a test; everything else is as the recipe says.
 TINY = [
@@ -49,16 +48,6 @@ def _log(folder: Path, script: str, job: int) -> str:
 def _scalars(folder: Path, tag: str) -> dict[int, float]:
     events = EventAccumulator(str(folder)).Reload()
     return {event.step: event.value for event in events.Scalars(tag)}
-
-
-def test_the_lab_has_four_idle_nodes_each_with_its_own_tmp_and_all_with_the_shared_folders(
-    lab: Lab, checkout: Path
-) -> None:
-    assert lab.run("sinfo", "-h", "-o", "%D %t").split() == ["4", "idle"]
-    lab.run("srun", "-N4", "bash", "-c", "hostname >/tmp/own")
-    assert sorted(lab.run("srun", "-N4", "cat", "/tmp/own").split()) == ["node1", "node2", "node3", "node4"]
-    for path in (*shared_folders(), checkout / "data/llama2/corpus.bin"):
-        lab.run("srun", "-N4", "test", "-e", path)
 
 
 def _stand_in(folder: Path, name: str, body: str) -> dict[str, str]:
@@ -103,24 +92,6 @@ def test_a_job_without_its_recipe_fails_with_the_remedy(
     assert lab.wait(job) == "FAILED"
     assert said in _log(checkout, script, job)
     assert not (checkout / "runs").exists()
-
-
-def test_a_lab_that_is_left_leaves_no_process_no_interface_and_no_folder(lab: Lab, shared: Path) -> None:
-    def interfaces() -> set[str]:
-        return {path.name for path in Path("/sys/class/net").iterdir()}
-
-    before = interfaces()
-    with Lab(1, shared_folders(shared)) as small:
-        inside = int((small.folder / "head.pid").read_text())
-        small.run("sbatch", "--wrap", "sleep 1000", cwd=shared)
-        namespace = (Path("/proc") / str(inside) / "ns/net").readlink()
-        assert interfaces() == before, "all of it is in the head's own network"
-    living = set()
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            living.add((process / "ns/net").readlink())
-    assert namespace not in living
-    assert not small.folder.exists() and not list(Path("/proc").glob(f"{inside}/ns/net"))
 
 
 @pytest.mark.slow
