@@ -187,7 +187,7 @@ def queue(*options: str) -> list[Job]:
 
 def mine() -> list[Job]:
     """This user's jobs."""
-    return queue(f"--user={os.environ.get('SLURM_USER_ID') or os.geteuid()}")
+    return queue(f"--user={os.geteuid()}")
 
 
 def jobs(ids: Iterable[str]) -> list[Job]:

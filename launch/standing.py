@@ -183,7 +183,9 @@ def _over(facts: Facts, line: slurm.Job | None) -> State:
         return State("finished", "finished")
     if outcome == "stopped":
         mine = facts.stop and str(facts.stop.get("job")) == str(facts.job.get("job"))
-        return State("stopped", "stopped by you" if mine else _said("stopped", reason))
+        if mine or (facts.local and str(reason).startswith("SIG")):  # who else would signal a process here
+            return State("stopped", "stopped by you")
+        return State("stopped", _said("stopped", reason))
     if outcome == "failed":
         return State("failed", _said("failed", reason or (facts.words[0].text if facts.words else "")))
     if facts.words:
@@ -245,7 +247,8 @@ def ask(ids: Iterable[str] = ()) -> list[slurm.Job] | None:
         known = {line.id for line in found}
         return found + slurm.jobs(number for number in ids if number not in known)
     except UserError as error:
-        click.echo(f"herd: {error}; judged by the run folders alone", err=True)
+        if "configuration source" not in str(error):  # else its commands are here, but no cluster
+            click.echo(f"herd: {error}; judged by the run folders alone", err=True)
         return None
 
 

@@ -43,7 +43,7 @@ class Row:
             "text": self.state.text,
             "job": (line.id if line and line.live else None) or job.get("job") or (line.id if line else None),
             "attempt": self.facts.attempt or None,
-            "step": status.get("step"),
+            "step": self.facts.last("end").get("step") or status.get("step"),  # not every step is written down
             "steps": status.get("steps"),
             "checkpoint": self.run.newest_step() if self.run else None,
             "loss": status.get("loss"),

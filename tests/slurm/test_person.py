@@ -167,7 +167,7 @@ def test_a_dry_run_of_a_chain_prints_commands_that_a_shell_takes(lab: Lab, herd:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)  # four starts of torch one after the other, 25 s on two free cores
 def test_a_run_is_submitted_watched_stopped_and_resumed_on_other_nodes(lab: Lab, herd: Herd, desk: Path) -> None:
     code, text = herd("submit", "./tiny.yaml", "--nodes", "2", "--chain", "run,export", "--time", "9")
     assert code == 0, text
@@ -179,15 +179,18 @@ def test_a_run_is_submitted_watched_stopped_and_resumed_on_other_nodes(lab: Lab,
         found: dict[str, object] = json.loads(text)
         return found
 
-    def until(wanted: Callable[[dict[str, object]], bool]) -> dict[str, object]:
-        deadline = time.monotonic() + 90
-        while not wanted(found := figures()):
-            assert time.monotonic() < deadline, f"{found}\n{(desk / f'tiny-{run}.log').read_text()}"
-            time.sleep(0.3)
-        return found
-
-    seen = until(lambda found: found["state"] == "training")
-    assert (seen["job"], seen["attempt"], seen["steps"], seen["nodes"]) == (run, 1, 100000, ["node1", "node2"])
+    deadline = time.monotonic() + 240
+    while not (desk / "runs/tiny/status.json").exists():  # asking herd in a loop would take what training needs
+        assert time.monotonic() < deadline, (desk / f"tiny-{run}.log").read_text()
+        time.sleep(0.1)
+    seen = figures()
+    assert (seen["state"], seen["job"], seen["attempt"], seen["steps"], seen["nodes"]) == (
+        "training",
+        run,
+        1,
+        100000,
+        ["node1", "node2"],
+    )
     assert seen["tokens_per_second"] and seen["mfu"] and seen["loss"] and seen["seconds_left"]
     code, text = herd("status")
     assert re.search(rf"runs/tiny +training +{run} +1 +\d+/100000 ", text), text

@@ -217,7 +217,8 @@ CASES: dict[str, tuple[Scene, list[slurm.Job], str, str]] = {
         lambda f: f.event("start", job=None).event("end", job=None, outcome="finished"), [], "finished", "finished",
     ),
     "interrupted here": (
-        lambda f: f.event("start", job=None).event("end", job=None, outcome="stopped", reason="SIGINT"), [], "stopped", "SIGINT",
+        lambda f: f.event("start", job=None).event("end", job=None, outcome="stopped", reason="SIGINT"), [], "stopped",
+        "stopped by you",
     ),
     "submitted after training here": (
         lambda f: f.event("end", job=None, outcome="stopped"), [replace(PENDING, comment="herd run {run}")], "waiting", "waiting",
@@ -429,8 +430,9 @@ def test_the_commands_without_slurm(folder: Folder) -> None:
     facts = json.loads(_herd("status", "tiny", "--json", cwd=top).stdout)
     assert (facts["state"], facts["step"], facts["nodes"], facts["mfu"]) == ("training", 5, ["here"], 0.375)
     assert "last events" in _herd("status", "runs/tiny", cwd=top).stdout
-    folder.event("end", job=None, outcome="finished")
+    folder.event("end", job=None, outcome="finished", step=9)
     folder.run.lock.unlink()
+    assert json.loads(_herd("status", "--json", cwd=top).stdout)[0]["step"] == 9, "the last steps were not written down"
     done = _herd("stop", "tiny", cwd=top)
     assert done.returncode == 0 and "nothing is running; no checkpoint was saved" in done.stdout
     for words, said in ((("submit", "tiny_cpu"), "no sbatch here"), (("resume", "tiny"), "no Slurm job ran here")):
