@@ -89,6 +89,8 @@ def job_facts(recipe: Recipe, nodes: list[str], attempt: int, given: str, overri
         "recipe": words[0],
         "overrides": words[1:],
         "log": env.get("HERD_LOG"),
+        "account": env.get("SLURM_JOB_ACCOUNT"),
+        "qos": env.get("SLURM_JOB_QOS"),
         "partition": env.get("SLURM_JOB_PARTITION"),
         "ends": float(ends) if ends else None,
         "user": env.get("SLURM_JOB_USER"),
@@ -162,6 +164,8 @@ class Facts:
     """Nodes whose ranks were silent in the hang before."""
     stopped_by_user: bool
     """`herd stop` was called for this job."""
+    nodes: int
+    """How many the job has."""
     requeues: int
     fruitless: int
     step: int
@@ -185,7 +189,10 @@ def decide(facts: Facts, limits: Resilience) -> Verdict:
     elif facts.lost:
         wish = Verdict("requeue", f"{', '.join(facts.lost)} no longer answers", facts.lost)
     elif word is not None and word.kind == "node":
-        wish = Verdict("requeue", word.text, word.nodes)
+        bad = sorted({node for other in facts.words if other.kind == "node" for node in other.nodes})
+        if 2 * len(bad) > facts.nodes:  # each node judges itself: what makes most of them bad is not theirs
+            return Verdict("fail", f"{len(bad)} of {facts.nodes} nodes are unfit: {word.text}", code=1)
+        wish = Verdict("requeue", word.text, tuple(bad))
     elif word is not None and word.kind == "hang" and word.nodes:
         again = tuple(sorted(facts.earlier_suspects & set(word.nodes)))
         wish = (
@@ -222,6 +229,7 @@ def after_command(code: int, ending: bool, lost: str) -> None:
         words=run.last_words(attempt),
         earlier_suspects=suspects(run, attempt - 1),
         stopped_by_user=job is not None and read_json(run.stop).get("job") == job,
+        nodes=len(read_json(run.job).get("nodes", [])),
         requeues=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         fruitless=fruitless(run),
         step=run.newest_step(),

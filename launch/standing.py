@@ -225,7 +225,7 @@ def gather(run: RunFolder, queue: Sequence[slurm.Job] | None) -> Facts:
     here = owner.get("host") == socket.gethostname() and not owner.get("job")
     facts = Facts(
         job=job, status=run_folder.read_json(run.status), events=list(run.history()), owner=owner, beat=beat,
-        gone=here and run_folder._born(int(owner.get("pid", 0))) != owner.get("born"), line=newest(run, (job, owner), queue or []),
+        gone=here and run_folder.born(int(owner.get("pid", 0))) != owner.get("born"), line=newest(run, (job, owner), queue or []),
         asked=queue is not None, stop=run_folder.read_json(run.stop),
     )  # fmt: skip
     return Facts(**vars(facts) | {"words": run.last_words(facts.attempt)})

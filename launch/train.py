@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,20 +42,32 @@ def command(recipe: str, overrides: tuple[str, ...], processes: int | None) -> N
     """
     from llama import recipe as recipes
 
-    resolved = recipes.load(recipe, overrides)
+    launch(recipes.load(recipe, overrides), [recipe, *overrides], processes)
+
+
+def launch(
+    resolved: Recipe,
+    arguments: list[str],
+    processes: int | None,
+    module: str = "launch.train",
+    body: Callable[[Recipe, StopRequest | None], object] | None = None,
+) -> None:
+    """Run `body`, or training, in this process when torchrun started it; else start `processes` of `module`."""
+    from llama import recipe as recipes
+
     # Trainium's runtime rounds stochastically by itself and reads this when torch is imported, so before that.
     os.environ.setdefault("NEURON_RT_STOCHASTIC_ROUNDING_EN", str(int(resolved.train.precision == "bf16_sr")))
     os.environ.setdefault("NEURON_RT_STOCHASTIC_ROUNDING_SEED", str(resolved.train.seed))
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        work(resolved)
+        work(resolved, body)
         return
     wanted = processes or local_devices()
     recipes.lay_out(resolved, wanted)
     check_inputs(resolved)
     if wanted == 1:
-        work(resolved)
+        work(resolved, body)
     else:
-        start(wanted, [recipe, *overrides])
+        start(wanted, module, arguments)
 
 
 def local_devices() -> int:
@@ -96,8 +109,8 @@ def check_inputs(recipe: Recipe) -> None:
         )
 
 
-def start(processes: int, arguments: list[str]) -> None:
-    """Run this module in `processes` processes under torchrun's own agent, on this machine alone."""
+def start(processes: int, module: str, arguments: list[str]) -> None:
+    """Run a module in `processes` processes under torchrun's own agent, on this machine alone."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -115,7 +128,7 @@ def start(processes: int, arguments: list[str]) -> None:
     )
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
     try:
-        elastic_launch(config, sys.executable)("-m", "launch.train", *arguments)
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
     except ChildFailedError as failure:
         rank, first = failure.get_first_failure()
         if first.exitcode < 0:
@@ -125,7 +138,7 @@ def start(processes: int, arguments: list[str]) -> None:
         sys.exit(128 + int(stopped.sigval))
 
 
-def work(recipe: Recipe) -> None:
+def work(recipe: Recipe, body: Callable[[Recipe, StopRequest | None], object] | None = None) -> None:
     """This process's part of the run: join the others, train, leave."""
     from llama.train.watchdog import Watchdog
 
@@ -136,9 +149,12 @@ def work(recipe: Recipe) -> None:
             timeout = limits.first_step_timeout if limits.hang_timeout else 0.0
             joining.enter_context(Watchdog(run, attempt, int(os.environ["RANK"]), ("",) * world, timeout))
         join(recipe)
-    from llama.train.loop import train
+    if body is not None:
+        body(recipe, listening)
+    else:
+        from llama.train.loop import train
 
-    train(recipe, listening)
+        train(recipe, listening)
     import torch.distributed as dist
 
     dist.destroy_process_group()
@@ -170,7 +186,7 @@ listening: StopRequest | None = None
 """Hears signals from the start of a process that torchrun started, long before training does."""
 
 
-def main() -> None:
+def main(command: click.Command = command) -> None:
     """What torchrun starts: like the command, but of an error that many ranks meet only the first is printed.
 
     Each rank that fails leaves in the run folder why, for whoever decides what comes next (launch/job.py).

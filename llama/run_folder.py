@@ -206,7 +206,7 @@ class Lock:
             "token": uuid.uuid4().hex,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "born": _born(os.getpid()),
+            "born": born(os.getpid()),
             "job": os.environ.get("SLURM_JOB_ID"),
             "attempt": attempt,
             "since": now(),
@@ -258,7 +258,7 @@ class Lock:
         job = owner.get("job")
         if job and job == self.mine["job"]:
             return "an earlier attempt of this job"
-        if owner.get("host") == self.mine["host"] and not job and _born(int(owner.get("pid", 0))) != owner.get("born"):
+        if owner.get("host") == self.mine["host"] and not job and born(int(owner.get("pid", 0))) != owner.get("born"):
             return "its process is gone"
         if job and job_alive(str(job)) is False:
             return f"Slurm job {job} has ended"
@@ -318,7 +318,7 @@ def _in_words(owner: dict[str, Any]) -> str:
     return f"{job}process {owner.get('pid', '?')} on {owner.get('host', '?')} since {owner.get('since', '?')}"
 
 
-def _born(pid: int) -> str:
+def born(pid: int) -> str:
     """When a process of this host was started, with the host's boot: a number used again is another process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

@@ -28,7 +28,7 @@ prepare() { # what all steps of this job share; takes what the user gave
   # Ranks are numbered along this list, so the first node holds rank 0 and the meeting point of all.
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   export HERD_GIVEN HERD_NODES="${hosts[*]}" MASTER_ADDR=${hosts[0]}
-  ends=$(squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null) || ends=''
+  ends=$(SLURM_TIME_FORMAT=standard squeue -h -j "$SLURM_JOB_ID" -o %e 2>/dev/null) || ends=''
   HERD_JOB_ENDS=${HERD_JOB_ENDS:-$(date -d "$ends" +%s 2>/dev/null || true)} # "NONE" is no date
   export HERD_JOB_ENDS
   options=(--export=ALL --cpu-bind=none)

@@ -26,6 +26,7 @@ from llama.parallel.apply import ParallelLlama, parallelize
 from llama.parallel.mesh import build_mesh
 from llama.parallel.shards import Box
 from llama.train.checkpoint import Checkpoints
+from llama.train.graphs import Graphs
 from llama.train.guard import StepGuard
 from llama.train.metrics import Metrics, StepReport, si
 from llama.train.opening import open_run
@@ -37,6 +38,7 @@ from llama.train.optim import (
     squared_norm,
     total_over_ranks,
 )
+from llama.train.preflight import preflight
 from llama.train.schedule import learning_rate
 from llama.train.signals import StopRequest
 from llama.train.watchdog import Watchdog
@@ -53,11 +55,11 @@ class Outcome:
     """Name of the signal that ended it early."""
 
 
-def train(recipe: Recipe, stop: StopRequest | None = None) -> Outcome:
+def train(recipe: Recipe, stop: StopRequest | None = None, graphs: Graphs | None = None) -> Outcome:
     """Train `recipe` on the ranks that were started, resuming from its run folder when that has a checkpoint.
 
-    Every rank calls this after init_process_group. `stop`: what listens for signals already. Raises UserError for what
-    the user can mend.
+    Every rank calls this after init_process_group. `stop`: what listens for signals already. `graphs`: the compiled
+    ones, when the caller keeps them. Raises UserError for what the user can mend.
     """
     device = find_device()
     recipes.check_device(recipe, device)
@@ -78,6 +80,11 @@ def train(recipe: Recipe, stop: StopRequest | None = None) -> Outcome:
             "start", nodes=sorted(set(place.hosts)), ranks=layout.world, layout=layout.name, device=device.name,
             version=place.version,
         )  # fmt: skip
+        preflight(recipe, device, layout, place.run, place.attempt, say)
+        keeps = None
+        if graphs is None and recipe.train.compile:
+            keeps = Graphs(recipe, device, layout)
+            say(f"compile cache {keeps.load()}")
         mesh = build_mesh(layout, device.type)
         model = parallelize(recipe, mesh, device, read=weights_reader(recipe))
         optimizer = build_optimizer(model, recipe, device)
@@ -92,7 +99,7 @@ def train(recipe: Recipe, stop: StopRequest | None = None) -> Outcome:
         metrics.say(describe(recipe, device, model, state if resumed else None))
         metrics.say(metrics.peak_in_words)
         stack.callback(metrics.close)
-        trainer = Trainer(recipe, device, model, optimizer, checkpoints, metrics, state, stop, place.watchdog)
+        trainer = Trainer(recipe, device, model, optimizer, checkpoints, metrics, state, stop, place.watchdog, keeps)
         outcome = trainer.run(data, validation)
         ended = "stopped" if outcome.stopped_by else "finished"
         journal.event("end", step=outcome.step, outcome=ended, reason=outcome.stopped_by)
@@ -113,10 +120,11 @@ class Trainer:
         state: TrainState,
         stop: StopRequest,
         watchdog: Watchdog,
+        graphs: Graphs | None = None,
     ):
         self.recipe, self.device, self.model, self.optimizer = recipe, device, model, optimizer
         self.checkpoints, self.metrics, self.state, self.stop = checkpoints, metrics, state, stop
-        self.watchdog = watchdog
+        self.watchdog, self.graphs = watchdog, graphs
         self.guard = StepGuard(recipe.train.guard, state)
         self.stopping = False
         self.step_seconds: deque[float] = deque(maxlen=20)
@@ -134,6 +142,7 @@ class Trainer:
         gc.disable()  # collected on all ranks at the same step instead, so that no rank makes the others wait
         try:
             while state.step < recipe.train.steps and not self.stopping:
+                before = validated
                 started = time.monotonic()
                 report = self.step(batches)
                 self.step_seconds.append(time.monotonic() - started)
@@ -145,6 +154,8 @@ class Trainer:
                     self.guard.check(state.step, report.skipped)
                 if validation is not None and self.every(recipe.validation.interval) and not self.stopping:
                     validated = self.validate(validation)
+                if self.graphs is not None and (trouble := self.graphs.after_step(validated is not before)):
+                    self.metrics.say(f"warning: {trouble}")
                 if self.every(recipe.checkpoint.interval):
                     self.save()
                     saved = state.step

@@ -39,9 +39,8 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self.limit:
-            folder = self.run.attempt(self.attempt)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.stacks = (folder / f"stacks-rank{self.rank:05d}.txt").open("w")
+            with contextlib.suppress(OSError):  # a node that does not see the folder is for preflight to name
+                self.stacks = (self.run.attempt(self.attempt) / f"stacks-rank{self.rank:05d}.txt").open("w")
         self.beat(self.doing)
         self.thread.start()
         return self
@@ -76,11 +75,12 @@ class Watchdog:
 
     def _end(self, silent: float) -> None:
         """Write stacks, wait for the others to write theirs, say who did not, end."""
-        assert self.stacks is not None
-        self.stacks.write(f"rank {self.rank}: no progress for {silent:.0f} s in {self.doing}\n")
-        self.stacks.flush()
-        faulthandler.dump_traceback(self.stacks, all_threads=True)
-        os.fsync(self.stacks.fileno())
+        stacks = self.stacks or sys.stderr
+        stacks.write(f"rank {self.rank}: no progress for {silent:.0f} s in {self.doing}\n")
+        stacks.flush()
+        faulthandler.dump_traceback(stacks, all_threads=True)
+        with contextlib.suppress(OSError):
+            os.fsync(stacks.fileno())
         self._flight_recorder()
         if self.ended.wait(min(GRACE, self.limit / 2)):
             return  # it went on after all

@@ -62,7 +62,9 @@ PREFIXES = ("FI_", "NEURON", "TORCH", "PYTORCH", "MALLOC", "OMP", "HERD_CACHE")
 def python(tmp_path: Path) -> Path:
     """Stands where Python is started: writes down its arguments, environment and open-file limit."""
     path = tmp_path / "python"
-    path.write_text('#!/bin/sh\necho "$@"\nenv | sort\necho "LIMIT=$(ulimit -n)"\n')
+    path.write_text(
+        '#!/bin/sh\n[ "$2" != launch.node_check ] || exit 0\necho "$@"\nenv | sort\necho "LIMIT=$(ulimit -n)"\n'
+    )
     path.chmod(0o755)
     return path
 
@@ -110,7 +112,9 @@ def test_wrong_use_is_answered_in_one_line() -> None:
     assert done.stderr == "herd: HERD_NODE_TYPE=tpu is not one of trn2, trn3, gpu, cpu, nor an instance of these\n"
     done = _node("train", "tiny_cpu", HERD_NODE_TYPE="trn1.32xlarge")
     assert done.returncode != 0 and done.stdout == ""
-    assert done.stderr.startswith("herd: trn1.32xlarge: Trn1 is not supported: AWS ended") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("herd: trn1.32xlarge: Trn1 is not supported: AWS ended") and done.stderr.count("\n") == 1
+    )
 
 
 def test_the_scripts_pass_shellcheck() -> None:

@@ -16,7 +16,7 @@ from llama.run_folder import Kind, LastWords, RunFolder, write_json
 LIMITS = Resilience(fruitless_attempts=3, max_requeues=10)
 KILLED = Facts(
     code=143, ending=False, lost=(), end={}, words=[LastWords("killed", "rank 1 was killed", 1)],
-    earlier_suspects=frozenset(), stopped_by_user=False, requeues=0, fruitless=1, step=40,
+    earlier_suspects=frozenset(), stopped_by_user=False, nodes=4, requeues=0, fruitless=1, step=40,
 )  # fmt: skip
 
 
@@ -43,6 +43,14 @@ ENDS: dict[str, tuple[Facts, Verdict]] = {
         Verdict("requeue", "because, for the second time", ("node2",)),
     ),
     "a bad node": (replace(KILLED, words=_word("node", "node3")), Verdict("requeue", "because", ("node3",))),
+    "two bad nodes": (
+        replace(KILLED, words=_word("node", "node3") + _word("node", "node1")),
+        Verdict("requeue", "because", ("node1", "node3")),
+    ),
+    "most nodes bad": (
+        replace(KILLED, words=_word("node", "node1", "node2", "node3")),
+        Verdict("fail", "3 of 4 nodes are unfit: because", code=1),
+    ),
     "a lost node": (
         replace(KILLED, lost=("node4",)),
         Verdict("requeue", "node4 no longer answers", ("node4",)),

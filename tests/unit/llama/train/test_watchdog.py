@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from pathlib import Path
 from llama.run_folder import RunFolder
 from llama.train.watchdog import Watchdog
 run = RunFolder(Path(sys.argv[1]))
+run.attempt(1).mkdir(parents=True)
 with Watchdog(run, 1, 0, ("node1", "node2"), 60.0) as watch:
     watch.beat("step 7", limit=0.3)
     def stuck_in_a_collective():
@@ -33,7 +35,7 @@ def test_a_hang_ends_the_process_with_stacks_and_the_silent_rank_s_name(tmp_path
     assert done.returncode == 1
     run = RunFolder(tmp_path)
     stacks = (run.attempt(1) / "stacks-rank00000.txt").read_text()
-    assert "rank 0: no progress for 0 s in step 7" in stacks and "in stuck_in_a_collective" in stacks
+    assert re.search(r"rank 0: no progress for \d+ s in step 7", stacks) and "in stuck_in_a_collective" in stacks
     (word,) = run.last_words(1)
     assert word.kind == "hang" and word.nodes == ("node2",)
     assert "rank 1 on node2 did not even write a stack, the others wait" in word.text
@@ -42,6 +44,7 @@ def test_a_hang_ends_the_process_with_stacks_and_the_silent_rank_s_name(tmp_path
 
 def test_a_run_that_moves_is_left_alone_and_leaves_nothing(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
+    run.attempt(1).mkdir(parents=True)
     with Watchdog(run, 1, 0, ("node1",), 0.5) as watch:
         for step in range(8):
             time.sleep(0.1)
