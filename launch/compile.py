@@ -75,6 +75,7 @@ def compile_graphs(recipe: Recipe, stop: StopRequest | None = None) -> None:
 
     from llama import recipe as recipes
     from llama.device import find_device
+    from llama.train import opening
     from llama.train.graphs import Graphs, is_compile_error, reason
     from llama.train.loop import train
 
@@ -104,6 +105,7 @@ def compile_graphs(recipe: Recipe, stop: StopRequest | None = None) -> None:
             "train.compile=false trains without"
         ) from error
     finally:
+        opening.current = None  # last words would make the folder anew
         if speaks:
             shutil.rmtree(recipe.run_dir, ignore_errors=True)
     if speaks:
