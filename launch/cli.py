@@ -27,6 +27,7 @@ VERBS = {
         "launch.resume",
         "Submit a run again, on other nodes if asked: herd resume runs/llama2_7b_gpu --nodes 8",
     ),
+    "lab": ("launch.lab", "A real Slurm of virtual nodes on this machine, to try sbatch at home: herd lab up"),
     "plot": ("launch.plot", "Draw loss curves of runs: herd plot runs/a runs/b --to curves.png"),
 }
 

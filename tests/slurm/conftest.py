@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("lab.sh")
-ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter")
-PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2", "util-linux")
+from launch.lab import END, ROOT, SCRIPT, end, logs, shared_folders, start, trouble
+
+__all__ = ["ROOT", "Lab", "shared_folders"]
+
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
 
 
@@ -31,34 +30,30 @@ class Lab:
         self.folder = Path(tempfile.mkdtemp(prefix="herd-lab-", dir="/var/tmp"))
 
     def __enter__(self) -> Lab:
-        environment = os.environ | {"LAB_SHARED": ":".join(str(path) for path in self.shared)}
         # The lab lives as long as this pipe: when these tests are killed, it ends too.
-        self.process = subprocess.Popen(
-            ["bash", SCRIPT, "serve", self.folder, str(self.nodes)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, text=True,
-        )  # fmt: skip
-        deadline = time.monotonic() + 40
-        while not (self.folder / "ready").exists():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                why = self.logs()
-                self.__exit__()
-                raise RuntimeError(f"no Slurm could be started: {why}")
-            time.sleep(0.05)
+        reading, writing = os.pipe()
+        try:
+            self.process = start(self.folder, self.nodes, self.shared, stdin=reading)
+        except BaseException:
+            os.close(writing)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        finally:
+            os.close(reading)
+        self.pipe = writing
         return self
 
     def __exit__(self, *exception: object) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
+        os.close(self.pipe)
         try:
-            self.process.wait(20)
+            self.process.wait(END)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            end(self.process)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def logs(self) -> str:
         """The last lines of the daemons' logs."""
-        files = sorted((self.folder / "log").glob("*")) if (self.folder / "log").exists() else []
-        return "\n".join(f"{path.name}: {line}" for path in files for line in path.read_text().splitlines()[-5:])
+        return logs(self.folder)
 
     def run(
         self, *command: object, node: str = "head", cwd: Path | None = None, timeout: float = 60, **environment: str
@@ -214,38 +209,10 @@ def _born(pid: int) -> int:
     return int(fields[19]) if fields else 0
 
 
-def _trouble() -> str | None:
-    """Why there can be no lab here; installs Slurm where it is missing and this is root on a Debian."""
-    if os.geteuid() != 0:
-        return "the lab of virtual nodes needs root"
-    paths = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-    if all(shutil.which(tool, path=paths) for tool in TOOLS):
-        return None
-    if not shutil.which("apt-get"):
-        return f"{', '.join(TOOLS)} are needed, and there is no apt-get to install them"
-    apt = ["apt-get", "-qq", "-y", "-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::Retries=2"]
-    try:
-        for words in (["update"], ["install", "--no-install-recommends", *PACKAGES]):
-            subprocess.run(
-                [*apt, *words], env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
-                check=True, capture_output=True, text=True, timeout=240,
-            )  # fmt: skip
-    except subprocess.CalledProcessError as error:
-        return f"Slurm could not be installed: {error.stderr.strip()[-300:]}"
-    except subprocess.TimeoutExpired:
-        return "Slurm could not be installed in 240 s"
-    return None
-
-
 def _unavailable(reason: str) -> None:
     if os.environ.get("CI") == "true":
         pytest.fail(f"a real Slurm is required in CI: {reason}")
     pytest.skip(reason)
-
-
-def shared_folders(*more: Path) -> list[Path]:
-    """What all nodes must see: this checkout, the virtual environment and the Python under it."""
-    return [path.resolve() for path in (ROOT, Path(sys.prefix), Path(sys.base_prefix), *more)]
 
 
 @pytest.fixture(scope="session")
@@ -257,7 +224,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def lab(shared: Path) -> Iterator[Lab]:
     """Slurm on node1 to node5, idle."""
-    if reason := _trouble():
+    if reason := trouble():
         _unavailable(reason)
     try:
         cluster = Lab(5, shared_folders(shared)).__enter__()
