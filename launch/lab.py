@@ -133,12 +133,12 @@ def _is_up(folder: Path) -> bool:
 
 def _need_lab() -> Path:
     if os.geteuid() != 0:
-        raise UserError(f"the lab's nodes are root's: {_by_root()}")
+        raise UserError(f"the lab's nodes are root's: {_by_root()}", 2)
     folder = place()
     if os.environ.get("SLURM_CONF") == str(folder / "slurm.conf"):
-        raise UserError("this shell is inside the lab: type the command itself, or `exit` first")
+        raise UserError("this shell is inside the lab: type the command itself, or `exit` first", 2)
     if not _is_up(folder) or not (folder / "ready").exists():
-        raise UserError("no lab is up; herd lab up starts one")
+        raise UserError("no lab is up; herd lab up starts one", 2)
     return folder
 
 
@@ -150,13 +150,14 @@ def _enter(folder: Path, node: str, command: Iterable[str]) -> NoReturn:
     """Become a command on a node, in this folder, where the README's commands work as they stand."""
     nodes = int((folder / "nodes").read_text())
     if node not in ("head", *(f"node{i + 1}" for i in range(nodes))):
-        raise UserError(f"no node {node!r} in the lab: head, node1 to node{nodes}")
+        raise UserError(f"no node {node!r} in the lab: head, node1 to node{nodes}", 2)
     here = Path.cwd()
     shared = [Path(line) for line in (folder / "shared").read_text().splitlines()]
     if here.is_relative_to("/tmp") and not any(here.is_relative_to(path) for path in shared):
         raise UserError(
             f"nodes have a /tmp of their own and do not see {here}: go to a folder elsewhere, or call "
-            "herd lab down, then herd lab up, in this one"
+            "herd lab down, then herd lab up, in this one",
+            2,
         )
     own = {
         "HERD_NODE_TYPE": "cpu",  # the devices that Slurm gives out here are not real
@@ -174,7 +175,7 @@ def _cleared(folder: Path) -> Iterator[int]:
     """The lab's folder, empty and ours; removed when what follows fails."""
     folder.mkdir(mode=0o755, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
-        raise UserError(f"{folder} is not root's own folder: remove it, or name another place in HERD_LAB")
+        raise UserError(f"{folder} is not root's own folder: remove it, or name another place in HERD_LAB", 2)
     if (hold := _lock(folder)) is None:
         raise UserError(f"a lab is up or starting in {folder}: herd lab shell, herd lab status, herd lab down", 1)
     for left in folder.iterdir():  # by a lab that a power failure ended
@@ -209,7 +210,7 @@ def up(nodes: int) -> None:
     if reason := trouble():
         raise UserError(reason)
     began = time.monotonic()
-    shared = shared_folders(Path.cwd(), Path.home())
+    shared = [path for path in shared_folders(Path.cwd(), Path.home()) if path != Path("/tmp")]
     with _cleared(folder) as hold:
         (folder / "nodes").write_text(str(nodes))
         (folder / "shared").write_text("".join(f"{path}\n" for path in shared))
@@ -244,7 +245,7 @@ def down() -> None:
         click.echo("herd: no lab is up")
         return
     if os.geteuid() != 0:
-        raise UserError(f"the lab is root's: {_by_root()}")
+        raise UserError(f"the lab is root's: {_by_root()}", 2)
     if not _end(folder):
         click.echo("herd: no lab is up; what one had left is removed")
 

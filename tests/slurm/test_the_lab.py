@@ -7,7 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ def test_the_lab_has_five_idle_nodes_each_with_its_own_tmp_and_all_with_the_shar
         lab.run("srun", "-N5", "test", "-e", path)
 
 
+@pytest.mark.slow
 def test_a_killed_node_leaves_nothing_its_job_goes_on_with_a_spare_and_it_comes_back(lab: Lab, shared: Path) -> None:
     lab.settle()
     # A script that ends when srun does, before Slurm knows of the node, would count as FAILED and stay so.
@@ -50,6 +53,16 @@ def test_a_killed_node_leaves_nothing_its_job_goes_on_with_a_spare_and_it_comes_
     assert lab.run("srun", "-N1", "-w", "node2", "--immediate=20", "hostname").strip() == "node2"
     lab.settle()
     assert lab.state(job) == "CANCELLED"
+
+
+def test_a_node_set_down_stays_down_and_its_job_goes_on_with_a_spare(lab: Lab, shared: Path) -> None:
+    lab.settle()
+    job = lab.submit("sbatch", "-N4", "--requeue", "--wrap", "sleep 1000", cwd=shared)
+    assert lab.wait_running(job) == NODES[:4]
+    lab.down("node3", "its fan")
+    assert lab.wait_running(job, restarts=1) == ["node1", "node2", "node4", "node5"]
+    assert lab.run("sinfo", "-h", "-p", "main", "-N", "-t", "down", "-o", "%N %E").strip() == "node3 its fan"
+    lab.settle()
 
 
 def test_a_job_of_the_urgent_partition_sends_one_of_main_back_to_the_queue(lab: Lab, shared: Path) -> None:
@@ -157,3 +170,75 @@ def test_tests_that_are_killed_take_their_lab_along(lab: Lab, shared: Path) -> N
     while Path(folder).exists():
         assert time.monotonic() < until, f"{folder} is still there"
         time.sleep(0.1)
+
+
+def _herd(*words: str, cwd: Path, lab: Path, code: int = 0, stdin: str = "") -> str:
+    """What `herd lab ...` says, with a lab in a place of the test's own."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("HERD_", "SLURM_", "OMP_"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "lab", *words], cwd=cwd, input=stdin, capture_output=True, text=True,
+        env=environment | {"HERD_LAB": str(lab), "PYTHONPATH": str(ROOT)}, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture
+def place(lab: Lab, shared: Path) -> Iterator[Path]:
+    """Where a test may have a lab as people have it; none is left there. `lab` has seen to Slurm."""
+    folder = Path(tempfile.mkdtemp(prefix="herd-lab-place-", dir="/var/tmp"))
+    yield folder / "lab"
+    _herd("down", cwd=shared, lab=folder / "lab")
+    folder.rmdir()
+
+
+def test_herd_lab_starts_a_slurm_that_stays_runs_what_is_typed_and_goes_without_a_trace(
+    place: Path, shared: Path
+) -> None:
+    before = _interfaces(), Path("/proc/mounts").read_text()
+    assert "no lab is up" in _herd("down", cwd=shared, lab=place)
+    assert "herd lab up starts one" in _herd("status", cwd=shared, lab=place, code=2)
+    said = _herd("up", "--nodes", "2", cwd=shared, lab=place)
+    assert "Slurm is up with 2 nodes" in said and "sbatch --nodes 2" in said
+    assert "is up already" in _herd("up", cwd=shared, lab=place)
+    space = str(Path(f"/proc/{(place / 'head.pid').read_text().strip()}/ns/pid").readlink())
+    assert space in _spaces("pid")
+
+    # A user's words as they are, options too; a shell's; and the job's environment is that of nodes without devices.
+    wrap = "srun bash -c \"hostname; \\$HERD_PYTHON -c 'print(2 + 3)'; echo \\$HERD_NODE_TYPE\" >said"
+    _herd("exec", "sbatch", "--nodes", "2", "--wrap", wrap, cwd=shared, lab=place)
+    until = time.monotonic() + 20
+    while not (shared / "said").exists() or len((shared / "said").read_text().split()) < 6:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert sorted((shared / "said").read_text().split()) == ["5", "5", "cpu", "cpu", "node1", "node2"]
+    assert _herd("exec", "--node", "node2", "hostname", cwd=shared, lab=place) == "node2\n"
+    _herd("exec", "--", "bash", "-c", "exit 7", cwd=shared, lab=place, code=7)
+    said = _herd("shell", cwd=shared, lab=place, stdin="hostname; pwd; sinfo -h -p main -o %D; herd lab status; true\n")
+    assert said.split()[:3] == ["head", str(shared), "2"] and "inside the lab" in said
+    _herd("exec", "sbatch", "--exclusive", "--wrap", "sleep 1000", cwd=shared, lab=place)
+    assert "node[1-2]" in (said := _herd("status", cwd=shared, lab=place)) and "wrap" in said
+
+    assert "no node 'node3'" in _herd("exec", "--node", "node3", "true", cwd=shared, lab=place, code=2)
+    with tempfile.TemporaryDirectory(dir="/tmp") as hidden:
+        assert f"do not see {hidden}" in _herd("shell", cwd=Path(hidden), lab=place, code=2)
+
+    assert _herd("down", cwd=shared, lab=place) == ""
+    assert space not in _spaces("pid") and not place.exists()
+    assert before == (_interfaces(), Path("/proc/mounts").read_text())
+    assert "no lab is up" in _herd("down", cwd=shared, lab=place)
+
+
+def test_a_lab_that_died_is_known_to_be_dead_and_its_place_is_used_again(place: Path, shared: Path) -> None:
+    _herd("up", "--nodes", "1", cwd=shared, lab=place)
+    os.kill(int((place / "head.pid").read_text()), signal.SIGKILL)
+    until = time.monotonic() + 10
+    while "no lab is up" not in _herd("status", cwd=shared, lab=place, code=2):
+        assert time.monotonic() < until
+    assert (place / "ready").exists(), "as a power failure leaves it"
+    assert "Slurm is up with 1 nodes" in _herd("up", "--nodes", "1", cwd=shared, lab=place)
+    os.kill(int((place / "head.pid").read_text()), signal.SIGKILL)
+    _herd("down", cwd=shared, lab=place)
+    assert not place.exists()
