@@ -223,7 +223,9 @@ def up(nodes: int) -> None:
         finally:
             os.close(reading)
             os.close(writing)
-    script = os.path.relpath(ROOT / "slurm/run.slurm")
+    script = ROOT / "slurm/run.slurm"
+    if script.is_relative_to(Path.cwd()):
+        script = script.relative_to(Path.cwd())
     click.echo(
         f"""Slurm is up with {nodes} nodes ({time.monotonic() - began:.0f} s). Next:
 
