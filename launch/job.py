@@ -235,12 +235,17 @@ def after_command(code: int, ending: bool, lost: str) -> None:
         step=run.newest_step(),
     )
     verdict = decide(facts, limits)
-    run.record("verdict", attempt, verdict=verdict.verdict, reason=verdict.reason, exclude=list(verdict.exclude))
-    click.echo(f"herd: {verdict.verdict}: {verdict.reason}", err=True)
     argument = {"requeue": ",".join(verdict.exclude), "fail": str(verdict.code)}.get(verdict.verdict, "")
-    if verdict.verdict == "restart":
-        begin(run, attempt + 1)
-        argument = str(attempt + 1)
+    try:
+        run.record("verdict", attempt, verdict=verdict.verdict, reason=verdict.reason, exclude=list(verdict.exclude))
+        if verdict.verdict == "restart":
+            begin(run, attempt + 1)
+            argument = str(attempt + 1)
+    except OSError as error:
+        click.echo(f"herd: fail: run folder {run.path} cannot be written: {error.strerror or error}", err=True)
+        click.echo("fail 1")
+        return
+    click.echo(f"herd: {verdict.verdict}: {verdict.reason}", err=True)
     click.echo(f"{verdict.verdict} {argument}".strip())
 
 

@@ -75,9 +75,10 @@ pass_on() { # the wish to stop, to workers that listen already and to those that
 
 attempt_folder() { printf '%s/logs/attempt-%04d' "$HERD_RUN" "$HERD_ATTEMPT"; }
 
-lost_nodes() { # the job's nodes that do not answer
+# shellcheck disable=SC2016 # the nodes expand it
+lost_nodes() { # the job's nodes that do not answer, or do not see the run folder
   timeout -k 1 10 srun --overlap --nodes="${#hosts[@]}" --ntasks-per-node=1 --export=ALL \
-    bash -c "echo \"\$SLURMD_NODENAME\"" 2>/dev/null | sort |
+    bash -c 'if [[ -w $1 ]]; then echo "$SLURMD_NODENAME"; fi' _ "$(attempt_folder)" 2>/dev/null | sort |
     comm -13 - <(printf '%s\n' "${hosts[@]}" | sort) | paste -sd,
 }
 

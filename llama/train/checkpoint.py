@@ -154,7 +154,7 @@ class Checkpoints:
             took = time.monotonic() - self.started
             self.seconds = max(self.seconds, took)
             if self.journal is not None:
-                self.journal.event("save", step=state.step, seconds=round(took, 3))
+                self.journal.event("save", step=state.step, samples=state.consumed_samples, seconds=round(took, 3))
         except BaseException as failure:
             self.failure = failure
 

@@ -10,12 +10,12 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama.run_folder import RunFolder, complete, read_json, step_of
+from llama.run_folder import RunFolder, complete, read_json
 
 STEP = re.compile(r"step +(\d+)/\d+  loss (\S+)")
 RANK = r"-u -m launch\.train "
@@ -45,8 +45,11 @@ class Hit:
     """One fault that was made."""
 
     fault: str
+    attempt: int
     step: int
     """Newest step when it was made."""
+    made: float
+    """Moment of it."""
     seconds: float = 0.0
     """Until the next step was done."""
     redone: int = 0
@@ -65,16 +68,19 @@ class Disturbed:
     script: Path
     nodes: int = 2
     run_dir: str = "runs/soak"
+    options: Sequence[str] = ()
+    """More words for sbatch."""
     job: int = 0
     hits: list[Hit] = field(default_factory=list)
 
     @property
     def run(self) -> RunFolder:
-        return RunFolder(self.folder / self.run_dir)
+        folder = self.folder / self.run_dir
+        return RunFolder(self.lab.outside(folder) if folder.is_relative_to(self.lab.folder / "disks") else folder)
 
     def submit(self) -> Disturbed:
         """sbatch."""
-        command = ["sbatch", "--nodes", self.nodes, self.script, *self.words, f"run_dir={self.run_dir}"]
+        command = ["sbatch", "--nodes", self.nodes, *self.options, self.script, *self.words, f"run_dir={self.run_dir}"]
         self.job = self.lab.submit(*command, cwd=self.folder, **self.environment)
         return self
 
@@ -124,28 +130,49 @@ class Disturbed:
         self.until(lambda: self.lab.pids(node, RANK))
         return int(self.lab.pids(node, RANK)[0])
 
-    def hit(self, fault: str, draw: random.Random) -> Hit:
-        """Make a fault and wait until training goes on."""
-        attempt, step = self.newest()
-        hit = Hit(fault, step)
+    def strike(self, fault: str, draw: random.Random) -> Hit:
+        """Make a fault, somewhere on the run's nodes."""
+        self.mend()
+        hosts = self.lab.wait_running(self.job)
+        hit = Hit(fault, max(self.run.attempts()), self.newest()[1], time.monotonic())
         self.hits.append(hit)
-        began = time.monotonic()
-        hosts = self.lab.hosts(self.job)
         FAULTS[fault](self, draw.choice(hosts), draw)
-        if fault == "pause":
-            self.until(lambda: self.newest() > (attempt, step))
-        else:
-            self.trains(1, attempt)
-        hit.seconds = time.monotonic() - began
-        first = min(s for a, s in self.steps() if a == self.newest()[0])
-        hit.redone = max(0, max(s for a, s in self.steps() if a <= attempt) + 1 - first)
-        for node in hosts:  # mended, so that the next fault finds a whole cluster
+        return hit
+
+    def begins(self) -> None:
+        """Wait until the attempt after the last fault has all its ranks, though they may still be starting."""
+        last = self.hits[-1].attempt
+
+        def there() -> bool:
+            if max(self.run.attempts()) == last:
+                return False
+            return all(self.lab.pids(node, RANK) for node in self.lab.wait_running(self.job))
+
+        self.until(there, 90)
+
+    def recovers(self) -> None:
+        """Wait until training goes on after the last fault; note what the faults since the last time have cost."""
+        waiting = [hit for hit in self.hits if not hit.seconds]
+        if not waiting:
+            return
+        last = waiting[-1]
+        self.trains(1, last.attempt - (last.fault == "pause"))
+        first = min(step for attempt, step in self.steps() if attempt == self.newest()[0])
+        for hit in waiting:
+            hit.seconds = time.monotonic() - hit.made
+        done = max((step for attempt, step in self.steps() if attempt <= last.attempt), default=0)
+        last.redone = max(0, done + 1 - first) if last.fault != "pause" else 0
+        self.mend()
+
+    def mend(self) -> None:
+        """All nodes work, so that the next fault meets a whole cluster."""
+        for number in range(self.lab.nodes):
+            node = f"node{number + 1}"
             if not self.lab.alive(node):
                 self.lab.start(node)
-            elif fault == "down":
-                with contextlib.suppress(AssertionError):
+            elif any(hit.fault == "down" for hit in self.hits[-2:]):
+                with contextlib.suppress(AssertionError):  # it is not down
                     self.lab.resume(node)
-        return hit
 
 
 def _kill_rank(run: Disturbed, node: str, draw: random.Random) -> None:
@@ -194,7 +221,7 @@ def _node_killed(run: Disturbed, node: str, draw: random.Random) -> None:
 def _corrupt(run: Disturbed, node: str, draw: random.Random) -> None:
     """Damage the newest checkpoint while the run is stopped, then kill it."""
     run.until(lambda: len(complete(run.run.path)) >= 2)
-    ranks = [(host, run.rank_of(host)) for host in run.lab.hosts(run.job)]
+    ranks = [(host, run.rank_of(host)) for host in run.lab.wait_running(run.job)]
     for host, rank in ranks:
         run.lab.signal(host, rank, signal.SIGSTOP)
     newest = complete(run.run.path)[-1]
@@ -225,6 +252,8 @@ FAULTS: dict[str, Callable[[Disturbed, str, random.Random], None]] = {
     "node": _node_killed,
 }
 """Name of a fault -> what it does to a run, given one of its nodes."""
+EARLY = {"kill", "drain", "requeue", "preempt", "cancel", "pause", "node"}
+"""What may also meet a run that is still starting."""
 CHEAP = ("kill", "kill", "kill", "pause", "corrupt", "hang")
 """What is answered inside the job, drawn more often than what takes Slurm half a minute."""
 
@@ -241,7 +270,15 @@ def draw_faults(seed: int, count: int) -> list[str]:
     return chosen
 
 
-def newest_step(run: RunFolder) -> int:
-    """The step of the newest whole checkpoint."""
-    found = complete(run.path)
-    return step_of(found[-1]) if found else 0
+def disturb(run: Disturbed, seed: int, count: int) -> Iterator[Hit]:
+    """Make so many faults, some while the run is still starting after the one before."""
+    draw = random.Random(seed)
+    for fault in draw_faults(seed, count):
+        if run.hits and run.hits[-1].fault != "pause" and fault in EARLY and draw.random() < 0.4:
+            run.begins()
+            time.sleep(draw.uniform(0, 3))
+        else:
+            run.recovers()
+            run.trains(draw.randint(2, 9))
+        yield run.strike(fault, draw)
+    run.recovers()
