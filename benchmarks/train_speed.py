@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -87,9 +88,9 @@ def ours(shape: str, seq: int, batch: int, steps: int, compile_blocks: bool) -> 
     from llama.layout import layout
     from llama.parallel.apply import parallelize
     from llama.parallel.mesh import build_mesh
+    from llama.run_folder import RunFolder
     from llama.train.loop import Trainer
     from llama.train.optim import build_optimizer
-    from llama.run_folder import RunFolder
     from llama.train.signals import StopRequest
     from llama.train.watchdog import Watchdog
 
