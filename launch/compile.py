@@ -55,6 +55,8 @@ def command(recipe: str, overrides: tuple[str, ...], processes: int | None) -> N
 
 def ahead(recipe: Recipe) -> Recipe:
     """The recipe with what no graph depends on reduced to what compiling takes."""
+    from llama.compile_manifest import cache_folder
+
     validates = recipe.validation.interval > 0
     changes = {
         "train": {"steps": STEPS, "init_from": None},
@@ -64,8 +66,6 @@ def ahead(recipe: Recipe) -> Recipe:
         "data": {"order_samples": None},
     }
     sections = {name: getattr(recipe, name).model_copy(update=update) for name, update in changes.items()}
-    from llama.compile_manifest import cache_folder
-
     return recipe.model_copy(update={**sections, "run_dir": str(cache_folder() / "compiling")})
 
 

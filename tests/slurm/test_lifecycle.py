@@ -132,7 +132,7 @@ def test_storage_that_fails_ends_a_run_with_its_reason_and_nothing_is_lost(
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_at_its_time_limit_a_job_saves_goes_back_and_goes_on_and_meanwhile_no_other_may_have_its_folder(
+def test_a_time_limit_a_second_job_a_loss_that_blows_up_and_deaths_without_progress(
     lab: Lab, disturbed: Callable[..., Disturbed], folder: Path
 ) -> None:
     long = disturbed("train.steps=100000", "log.interval=10", nodes=1, run_dir="runs/long")
@@ -143,6 +143,17 @@ def test_at_its_time_limit_a_job_saves_goes_back_and_goes_on_and_meanwhile_no_ot
     assert second.ends() == "FAILED"
     assert re.search(rf"herd: run folder \S+ is being trained in by job {long.job}, process", second.log())
     assert "Traceback" not in second.log()
+
+    # Meanwhile: training that goes wrong by itself, and one that dies each time before its first checkpoint.
+    blown = disturbed("optimizer.lr=1e30", "train.guard.max_skips=3", nodes=1, run_dir="runs/blown")
+    assert blown.ends() == "FAILED" and lab.restarts(blown.job) == 0
+    assert re.search(r"herd: fail: .*3 steps in a row", blown.log()), blown.log()
+    doomed = disturbed("resilience.fruitless_attempts=2", nodes=1, run_dir="runs/doomed")
+    for attempt in (1, 2):
+        doomed.until(lambda attempt=attempt: max(doomed.run.attempts(), default=0) == attempt)  # type: ignore[misc]
+        lab.signal(node := lab.wait_running(doomed.job)[0], doomed.rank_of(node))
+    assert doomed.ends() == "FAILED"
+    assert "herd: fail: 2 attempts in a row got no further than step 0: rank 0 on" in doomed.log(), doomed.log()
 
     long.until(lambda: lab.restarts(long.job) == 1, 90)
     stops = [event for event in long.run.history() if event["event"] == "end"]

@@ -104,6 +104,56 @@ def test_llama_7b_takes_the_recipe_of_the_node_and_overrides_last(kind: str, rec
     assert mine.endswith("data.train=/elsewhere/text")
 
 
+def test_without_a_named_python_the_active_environment_s_is_taken(python: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    python.rename(tmp_path / "bin/python")
+    for variable in ("VIRTUAL_ENV", "CONDA_PREFIX"):
+        done = _node("tiny_cpu", HERD_NODE_TYPE="cpu", OMP_NUM_THREADS="1", **{variable: str(tmp_path)})
+        assert done.stdout.splitlines()[0] == f"{STARTED.format(ranks=1)} tiny_cpu", done.stderr
+
+
+def _step(step: str, tmp_path: Path, **environment: str) -> str:
+    """What job.sh would give to srun for a step, with Slurm's commands standing still."""
+    tools = tmp_path / "tools"
+    tools.mkdir(exist_ok=True)
+    says = {
+        "scontrol": 'case $2 in hostnames) printf "node1\\nnode2\\n" ;; job) echo " Command=/x/slurm/run.slurm recipe" ;; esac',
+        "squeue": "echo 2026-11-22T10:00:00",
+        "srun": 'echo "srun $*"',
+    }
+    for name, text in says.items():
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "node[1-2]", "HERD_ROOT": str(ROOT), **environment}
+    script = f'set -euo pipefail; source "$HERD_ROOT/slurm/job.sh"; prepare recipe "a b"; {step} recipe "a b"'
+    return subprocess.run(
+        ["bash", "-c", script], env={"PATH": f"{tools}:{os.environ['PATH']}", **job}, cwd=tmp_path,
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+
+
+def test_the_steps_of_a_job_word_for_word(tmp_path: Path) -> None:
+    node = f"{ROOT}/slurm/node.sh recipe a b"
+    assert _step("on_first open", tmp_path) == (
+        f"srun --export=ALL --cpu-bind=none --overlap --nodes=1 --ntasks=1 --nodelist=node1 {node}"
+    )
+    assert _step("on_all train", tmp_path, SLURM_GPUS_ON_NODE="8") == (
+        "srun --export=ALL --cpu-bind=none --gpus-per-node=8 --label --nodes=2 --ntasks-per-node=1 --kill-on-bad-exit=1 "
+        f"--wait=60 {node}"
+    )
+
+
+def test_a_container_gets_pyxis_flags_and_any_other_option_its_place(tmp_path: Path) -> None:
+    options = {"HERD_CONTAINER": "herd.sqsh", "HERD_SRUN_OPTIONS": "--mpi=none --network=sn_all"}
+    here = f"{ROOT}:{ROOT},{tmp_path}:{tmp_path}"
+    assert (
+        f"--container-image=herd.sqsh --container-workdir={tmp_path} --container-mounts={here} --mpi=none --network=sn_all"
+        in _step("on_all train", tmp_path, **options)
+    )
+    own = _step("on_all train", tmp_path, HERD_CONTAINER="herd.sqsh", HERD_CONTAINER_MOUNTS="/fsx:/fsx")
+    assert "--container-mounts=/fsx:/fsx " in own
+
+
 def test_wrong_use_is_answered_in_one_line() -> None:
     done = _node("train")
     assert done.returncode == 2 and done.stderr == "herd: node.sh takes a recipe: RECIPE [key=value ...]\n"
