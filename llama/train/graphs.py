@@ -255,11 +255,13 @@ def _counted() -> Count:
 def _forgo_headers() -> None:
     """Have Inductor compile C++ without a precompiled header: it makes that even for kernels that it then finds.
 
-    On a fresh disk that is half of a warm start on CPUs, while a cold one gains a fifth. Changes keys: always, or never.
+    On a fresh disk that is half of a warm start on CPUs, while a cold one gains a fifth. Changes keys, so cold or warm;
+    who sets the variable has chosen.
     """
     import torch._inductor.config as inductor
 
-    if hasattr(inductor, "cpp_cache_precompile_headers"):
+    given = "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS" in os.environ
+    if hasattr(inductor, "cpp_cache_precompile_headers") and not given:
         inductor.cpp_cache_precompile_headers = False
 
 
