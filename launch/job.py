@@ -45,6 +45,7 @@ def open_command(recipe: str, overrides: tuple[str, ...]) -> None:
         run.attempt(attempt).mkdir(parents=True, exist_ok=True)
         note_lost(run, attempt - 1)
         check_fruit(run, resolved.resilience)
+        recipes.save(resolved, run.recipe)  # its limits hold for attempts that die before training begins, too
         write_json(run.job, job_facts(resolved, nodes, attempt, recipe, overrides))
         begin(run, attempt)
     except OSError as error:
@@ -214,10 +215,9 @@ def decide(facts: Facts, limits: Resilience) -> Verdict:
 def after_command(code: int, ending: bool, lost: str) -> None:
     """Print what to do next: done, stop, restart ATTEMPT, requeue NODES, fail CODE."""
     from llama import recipe as recipes
-    from llama.config import Resilience
 
     run, attempt = RunFolder(Path(os.environ["HERD_RUN"])), int(os.environ["HERD_ATTEMPT"])
-    limits = recipes.load(str(run.recipe)).resilience if run.recipe.exists() else Resilience()
+    limits = recipes.load(str(run.recipe)).resilience
     events = list(run.history())
     ends = [event for event in events if event["event"] == "end" and event.get("attempt") == attempt]
     job = os.environ.get("SLURM_JOB_ID")

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from launch.job import Facts, Verdict, begin, command, decide, fruitless, note_lost
 from llama.config import Resilience
+from llama.recipe import load, save
 from llama.run_folder import Kind, LastWords, RunFolder, write_json
 
 LIMITS = Resilience(fruitless_attempts=3, max_requeues=10)
@@ -146,6 +147,8 @@ def test_after_prints_one_line_for_the_job_script(tmp_path: Path, monkeypatch: p
     run = RunFolder(tmp_path)
     for key, value in {"HERD_RUN": str(tmp_path), "HERD_ATTEMPT": "1", "SLURM_JOB_ID": "7"}.items():
         monkeypatch.setenv(key, value)
+
+    save(load("tiny_cpu"), run.recipe)
 
     def after(*facts: str) -> str:
         done = CliRunner().invoke(command, ["after", *facts], catch_exceptions=False)
