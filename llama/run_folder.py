@@ -176,7 +176,9 @@ class RunFolder:
                     yield event
 
     def leave_word(self, attempt: int, word: LastWords) -> None:
-        """Write why this rank ends, where `after` looks for it; silent when the folder cannot be written."""
+        """Write why this rank ends, where `after` looks for it; silent when the folder cannot be written, or seen."""
+        if not self.path.is_dir():
+            return  # a node that does not see it must not make one of its own
         with contextlib.suppress(OSError):
             self.attempt(attempt).mkdir(parents=True, exist_ok=True)
             write_json(self.attempt(attempt) / f"failed-rank{word.rank:05d}.json", asdict(word))
