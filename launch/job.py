@@ -183,6 +183,8 @@ def decide(facts: Facts, limits: Resilience) -> Verdict:
         return Verdict("stop", "herd stop was called")
     if facts.ending:
         return Verdict("stop", "Slurm ends this job; if it was preempted or requeued, it goes on by itself")
+    if facts.code == 0 and not outcome and not facts.words:
+        return Verdict("done", "training ended without an error")  # and could not write its end
     if word is not None and word.kind in FINAL and not facts.lost:
         return Verdict("fail", word.text, code=2 if word.kind == "user" else 1)
     if outcome == "stopped":

@@ -171,6 +171,8 @@ class Trainer:
         finally:
             gc.enable()
             batches.close()
+        if self.graphs is not None:
+            self.metrics.say(f"graphs of this attempt: {self.graphs.count()}")
         stopped_by = (self.stop.name or "another rank's signal") if self.stopping else None
         if stopped_by:
             self.metrics.say(f"stopped by {stopped_by} after step {state.step}; the same command goes on from here")

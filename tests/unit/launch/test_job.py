@@ -30,6 +30,10 @@ ENDS: dict[str, tuple[Facts, Verdict]] = {
         replace(KILLED, code=0, end={"outcome": "finished"}, words=[]),
         Verdict("done", "all steps are done"),
     ),
+    "an end that could not be written": (
+        replace(KILLED, code=0, words=[]),
+        Verdict("done", "training ended without an error"),
+    ),
     "a rank killed": (KILLED, Verdict("restart", "rank 1 was killed")),
     "killed without a word": (
         replace(KILLED, words=[]),
