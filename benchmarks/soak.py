@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import random
 import shutil
 import statistics
 import sys
@@ -27,7 +26,7 @@ sys.path.insert(0, str(ROOT))  # the lab is the tests'
 
 from data_prep.indexed import IndexedWriter  # noqa: E402
 from tests.slurm.conftest import Lab, shared_folders  # noqa: E402
-from tests.slurm.faults import RECIPE, Disturbed, draw_faults, final_files  # noqa: E402
+from tests.slurm.faults import RECIPE, Disturbed, disturb, final_files  # noqa: E402
 
 CPU = {"HERD_NODE_TYPE": "cpu", "HERD_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
 STEPS_A_FAULT = 8
@@ -51,15 +50,10 @@ def measure(lab: Lab, folder: Path, faults: int, seed: int) -> dict[str, object]
     assert alone.ends(600) == "COMPLETED", alone.log()
     undisturbed = time.monotonic() - began
 
-    draw, began = random.Random(seed), time.monotonic()
+    began = time.monotonic()
     run = Disturbed(lab, folder, words, CPU, script, run_dir="runs/disturbed").submit()
-    for number, fault in enumerate(draw_faults(seed, faults)):
-        run.trains(draw.randint(2, 9))
-        hit = run.hit(fault, draw)
-        print(
-            f"{number + 1:3d} {fault:8s} at step {hit.step:4d}: {hit.seconds:5.1f} s, {hit.redone} steps redone",
-            flush=True,
-        )
+    for hit in disturb(run, seed, faults, spread=True):
+        print(f"{len(run.hits):3d} {hit.fault} at step {hit.step}", flush=True)
     assert run.ends(600) == "COMPLETED", run.log()
     disturbed = time.monotonic() - began
     table = {}

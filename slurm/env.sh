@@ -73,9 +73,11 @@ HERD_NODE_TYPE=$(herd_kind "$HERD_NODE_TYPE") || return
 HERD_RANKS_PER_NODE=${HERD_RANKS_PER_NODE:-$(herd_ranks "$HERD_NODE_TYPE")} || return
 export HERD_PYTHON HERD_NODE_TYPE HERD_RANKS_PER_NODE
 export PYTHONPATH=$HERD_ROOT${PYTHONPATH:+:$PYTHONPATH} # the code beside these scripts is what runs
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$HERD_CACHE/inductor}
 # A node opens a socket to every other rank, and a file for every part of a checkpoint.
 ulimit -S -n 65535 2>/dev/null || ulimit -S -n "$(ulimit -H -n)"
+
+# torch's flight recorder keeps the last collectives of each rank, for when a run hangs.
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 
 herd_efa() { # libfabric over AWS's Elastic Fabric Adapter
   export FI_PROVIDER=${FI_PROVIDER:-efa} FI_EFA_USE_DEVICE_RDMA=${FI_EFA_USE_DEVICE_RDMA:-1}
@@ -99,8 +101,6 @@ case $HERD_NODE_TYPE in
     [[ ! -d /sys/bus/pci/drivers/efa ]] || herd_efa
     # Without it the allocator's fragments cost several GB when sequence buffers come and go.
     export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-    # The last collectives of each rank, for when a run hangs.
-    export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     ;;
   cpu)

@@ -254,27 +254,24 @@ FAULTS: dict[str, Callable[[Disturbed, str, random.Random], None]] = {
 """Name of a fault -> what it does to a run, given one of its nodes."""
 EARLY = {"kill", "drain", "requeue", "preempt", "cancel", "pause", "node"}
 """What may also meet a run that is still starting."""
-CHEAP = ("kill", "kill", "kill", "pause", "corrupt", "hang")
+CHEAP = ("kill", "kill", "kill", "pause", "pause", "corrupt")
 """What is answered inside the job, drawn more often than what takes Slurm half a minute."""
 
 
-def draw_faults(seed: int, count: int) -> list[str]:
-    """Each fault once, the rest by chance with a preference for the cheap ones; in an order that the seed decides."""
-    draw = random.Random(seed)
-    faults = [
-        *FAULTS,
-        *(draw.choice(CHEAP) if draw.random() < 0.85 else draw.choice(list(FAULTS)) for _ in range(count)),
-    ]
-    chosen = faults[:count]
+def draw_faults(draw: random.Random, count: int, spread: bool) -> list[str]:
+    """Each fault once, the rest by chance: with `spread` all alike, else mostly what costs seconds; in any order."""
+    more = [draw.choice(list(FAULTS) if spread or draw.random() < 0.05 else CHEAP) for _ in range(count)]
+    chosen = [*FAULTS, *more][:count]
     draw.shuffle(chosen)
     return chosen
 
 
-def disturb(run: Disturbed, seed: int, count: int) -> Iterator[Hit]:
-    """Make so many faults, some while the run is still starting after the one before."""
+def disturb(run: Disturbed, seed: int, count: int, spread: bool = False) -> Iterator[Hit]:
+    """Make so many faults; unless `spread`, many of them while the run is still starting after the one before."""
     draw = random.Random(seed)
-    for fault in draw_faults(seed, count):
-        if run.hits and run.hits[-1].fault != "pause" and fault in EARLY and draw.random() < 0.4:
+    for fault in draw_faults(draw, count, spread):
+        early = not spread and run.hits and run.hits[-1].fault != "pause" and fault in EARLY
+        if early and draw.random() < 0.6:
             run.begins()
             time.sleep(draw.uniform(0, 3))
         else:

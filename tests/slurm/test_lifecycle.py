@@ -92,10 +92,11 @@ def test_a_run_survives_fifty_faults(disturbed: Callable[..., Disturbed], refere
 
     events = list(run.run.history())
     names = [event["event"] for event in events]
-    assert names[-2:] == ["end", "verdict"] and "damaged" in names and "lost" in names
+    assert names[-2:] == ["end", "verdict"] and "damaged" in names
     assert not run.run.lock.exists()
     reasons = " ".join(str(event.get("reason")) for event in events if event["event"] == "verdict")
     assert re.search(r"no progress for \d+ s in step \d+; rank [01] on node\d did not even write a stack", reasons)
+    assert list(run.run.path.glob("logs/*/flight-rank*.pickle")), "what its collectives were"
     assert re.search(r"rank [01] on node\d was killed by SIGKILL", reasons)
     assert "stopped by SIGUSR1" in reasons
     samples = {}

@@ -32,12 +32,18 @@ TRAINIUM = {
     "MALLOC_ARENA_MAX": "128",
     "OMP_NUM_THREADS": "1",
     "TORCHINDUCTOR_CACHE_DIR": "/shared/cache/inductor",
+    "TORCH_FR_BUFFER_SIZE": "2000",
     "TORCH_NEURONX_HLO_CACHE_DIR": "/shared/cache/hlo",
     "TORCH_NEURONX_NEFF_CACHE_DIR": "/shared/cache/neff",
     "TORCH_NEURONX_NEFF_LOCAL_CACHE_DIR": f"/tmp/herd-neff-{os.getuid()}",
 }
-PLAIN = {"HERD_CACHE": "/shared/cache", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": "/shared/cache/inductor"}
-GPU = PLAIN | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "TORCH_FR_BUFFER_SIZE": "2000"}
+PLAIN = {
+    "HERD_CACHE": "/shared/cache",
+    "OMP_NUM_THREADS": "1",
+    "TORCHINDUCTOR_CACHE_DIR": "/shared/cache/inductor",
+    "TORCH_FR_BUFFER_SIZE": "2000",
+}
+GPU = PLAIN | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 # What the caller sets -> ranks on the node, and all that Python then finds in its environment beside the caller's.
 KINDS: dict[str, tuple[dict[str, str], int, dict[str, str]]] = {
     "trn2": ({"HERD_NODE_TYPE": "trn2.48xlarge"}, 64, TRAINIUM),
