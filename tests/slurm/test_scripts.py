@@ -31,7 +31,6 @@ TRAINIUM = {
     "HERD_CACHE": "/shared/cache",
     "MALLOC_ARENA_MAX": "128",
     "OMP_NUM_THREADS": "1",
-    "TORCHINDUCTOR_CACHE_DIR": "/shared/cache/inductor",
     "TORCH_FR_BUFFER_SIZE": "2000",
     "TORCH_NEURONX_HLO_CACHE_DIR": "/shared/cache/hlo",
     "TORCH_NEURONX_NEFF_CACHE_DIR": "/shared/cache/neff",
@@ -40,7 +39,6 @@ TRAINIUM = {
 PLAIN = {
     "HERD_CACHE": "/shared/cache",
     "OMP_NUM_THREADS": "1",
-    "TORCHINDUCTOR_CACHE_DIR": "/shared/cache/inductor",
     "TORCH_FR_BUFFER_SIZE": "2000",
 }
 GPU = PLAIN | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
