@@ -195,6 +195,7 @@ def main(command: click.Command = command) -> None:
     from llama.train.signals import StopRequest
 
     listening = StopRequest.of_job().__enter__()
+    listening.working = False
     try:
         command(standalone_mode=False)
     except click.ClickException as error:

@@ -136,6 +136,7 @@ class Trainer:
         loss, validated, saved = float("nan"), None, state.step
         data.check_vocabulary(recipe.model.vocab_size)
         batches = data.prefetch(state.consumed_samples, recipe.data.prefetch)
+        self.stop.working = True
         # Asked while all this was being set up: nothing new is there to save.
         self.stopping = self.agree_to_stop()
         gc.collect()

@@ -20,6 +20,8 @@ class StopRequest:
         self.name: str | None = None
         self.ends = ends
         """When the job's time is over (seconds since the epoch); None: never, or unknown."""
+        self.working = True
+        """False while a process is still starting: SIGTERM then ends it at once, for there is nothing to save."""
         self.interrupts = 0
         self._before: dict[int, object] = {}
 
@@ -40,6 +42,8 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)  # type: ignore[arg-type]
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and not self.working:
+            os._exit(128 + number)  # peers of a rank that died wait in vain for it, and Slurm for them
         self.interrupts += number == signal.SIGINT
         if self.interrupts > 2:  # Ctrl-C arrives twice: from the terminal, and passed on by torchrun
             raise KeyboardInterrupt

@@ -19,7 +19,7 @@ from tests.slurm.faults import FAULTS, RECIPE, Disturbed, disturb, final_files
 
 CPU = {"HERD_NODE_TYPE": "cpu", "HERD_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
 STEPS = 60
-SOAK_STEPS = 400
+SOAK_STEPS = 260
 SOAK_FAULTS = int(os.environ.get("HERD_SOAK_FAULTS", "50"))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -64,3 +66,18 @@ def test_a_request_that_came_before_the_process_could_listen_is_heard(tmp_path: 
     (tmp_path / ASKED).touch()
     stop.look(tmp_path)
     assert stop.name == "SIGUSR1"
+
+
+def test_a_process_that_is_still_starting_ends_at_once_at_sigterm_and_at_nothing_else() -> None:
+    script = """
+import os, signal
+from llama.train.signals import StopRequest
+with StopRequest() as stop:
+    stop.working = False
+    os.kill(os.getpid(), signal.SIGUSR1)
+    print("heard", stop.name, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("never")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 143 and done.stdout == "heard SIGUSR1\n"
