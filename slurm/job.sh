@@ -24,6 +24,7 @@ need_recipe() { # leaves the script when "$@" does not begin with a recipe
 
 prepare() { # what all steps of this job share; takes what the user gave
   local gpus ends
+  mkdir -p "$HERD_CACHE"
   HERD_GIVEN=$(printf '%s\n' "$@")
   # Ranks are numbered along this list, so the first node holds rank 0 and the meeting point of all.
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
