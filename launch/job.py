@@ -113,9 +113,15 @@ def note_lost(run: RunFolder, attempt: int) -> None:
 
 
 def fruitless(run: RunFolder) -> int:
-    """Attempts of this job in a row, the newest first, that began at the checkpoint that is still the newest."""
-    step, count = run.newest_step(), 0
-    for event in reversed([event for event in run.history() if event["event"] == "attempt"]):
+    """Attempts of this job in a row, the newest first, that began at the checkpoint that is still the newest.
+
+    Those that Slurm ended, by preemption say, are not counted: that was not for a fault of theirs.
+    """
+    step, count, history = run.newest_step(), 0, list(run.history())
+    ended = {event["attempt"] for event in history if event["event"] == "verdict" and event.get("verdict") == "stop"}
+    for event in reversed([event for event in history if event["event"] == "attempt"]):
+        if event["attempt"] in ended:
+            continue
         if event.get("from_step") != step or event.get("job") != os.environ.get("SLURM_JOB_ID"):
             break
         count += 1

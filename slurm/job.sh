@@ -70,8 +70,8 @@ hear() { # signals: Slurm sends USR1 180 s before the time limit, a person to ma
 
 pass_on() { # the wish to stop, to workers that listen already and to those that will
   say "asked to stop: training ends after its step and saves"
-  [[ -z $HERD_RUN ]] || : >"$(attempt_folder)/stop-asked"
-  scancel --signal=USR1 "$SLURM_JOB_ID"
+  [[ -z $HERD_RUN ]] || touch "$(attempt_folder)/stop-asked" 2>/dev/null || :
+  scancel --signal=USR1 "$SLURM_JOB_ID" || :
 }
 
 attempt_folder() { printf '%s/logs/attempt-%04d' "$HERD_RUN" "$HERD_ATTEMPT"; }
@@ -84,7 +84,9 @@ lost_nodes() { # the job's nodes that do not answer, or do not see the run folde
 }
 
 ending() { # whether Slurm itself is ending this job
-  [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null) != RUNNING ]]
+  local state # empty when the controller does not answer, which says nothing
+  state=$(squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null) || state=''
+  [[ -n $state && $state != RUNNING ]]
 }
 
 survive() { # RECIPE [key=value ...]: train until it is done, cannot go on, or has to go back into the queue
@@ -120,7 +122,7 @@ survive() { # RECIPE [key=value ...]: train until it is done, cannot go on, or h
 }
 
 requeue() { # NODES: back into the queue, not to run on these again; the job's number stays, so that others wait for it
-  local bad=$1 known all
+  local bad=$1 known all i
   trap '' TERM USR1
   known=$(squeue -h -j "$SLURM_JOB_ID" -o %x 2>/dev/null)
   [[ $known != "(null)" ]] || known=''
@@ -131,10 +133,14 @@ requeue() { # NODES: back into the queue, not to run on these again; the job's n
     bad=''
   fi
   say "back into the queue${bad:+, not to run on $bad}"
-  scontrol requeue "$SLURM_JOB_ID" || {
-    say "Slurm refuses to requeue this job; the same sbatch command goes on from the last checkpoint"
-    exit 1
-  }
+  for ((i = 0; ; i++)); do # a controller may be away for a while
+    if scontrol requeue "$SLURM_JOB_ID"; then break; fi
+    if ((i == 5)); then
+      say "Slurm refuses to requeue this job; the same sbatch command goes on from the last checkpoint"
+      exit 1
+    fi
+    sleep 10
+  done
   # Only a job that waits can change its nodes: between the requeue and the end of this script is time for that.
   for ((i = 0; i < 20 && ${#bad} > 0; i++)); do
     if scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$bad" 2>/dev/null; then break; fi

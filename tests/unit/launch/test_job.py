@@ -133,6 +133,8 @@ def test_only_attempts_of_this_job_that_began_at_the_newest_checkpoint_were_frui
     begin(run, 4)
     begin(run, 5)
     assert fruitless(run) == 2
+    run.record("verdict", 5, verdict="stop", reason="Slurm ends this job")
+    assert fruitless(run) == 1, "a preemption is not its fault"
 
 
 def test_an_attempt_without_an_end_is_noted_as_lost_once(tmp_path: Path) -> None:
