@@ -124,10 +124,10 @@ survive() { # RECIPE [key=value ...]: train until it is done, cannot go on, or h
 requeue() { # NODES: back into the queue, not to run on these again; the job's number stays, so that others wait for it
   local bad=$1 known all i
   trap '' TERM USR1
-  known=$(squeue -h -j "$SLURM_JOB_ID" -o %x 2>/dev/null)
+  known=$(squeue -h -j "$SLURM_JOB_ID" -o %x 2>/dev/null) || known=''
   [[ $known != "(null)" ]] || known=''
   bad=$(paste -sd, < <(scontrol show hostnames "$bad${known:+${bad:+,}$known}" 2>/dev/null | sort -u))
-  all=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -o %N | sort -u | wc -l)
+  all=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -o %N | sort -u | wc -l) || all=0
   if [[ -n $bad ]] && ((all - $(tr ',' '\n' <<<"$bad" | wc -l) < SLURM_JOB_NUM_NODES)); then
     say "$bad cannot be left out: $SLURM_JOB_PARTITION has $all nodes, the job needs $SLURM_JOB_NUM_NODES"
     bad=''
