@@ -76,11 +76,13 @@ pass_on() { # the wish to stop, to workers that listen already and to those that
 
 attempt_folder() { printf '%s/logs/attempt-%04d' "$HERD_RUN" "$HERD_ATTEMPT"; }
 
-# shellcheck disable=SC2016 # the nodes expand it
 lost_nodes() { # the job's nodes that do not answer, or do not see the run folder
-  timeout -k 1 10 srun --overlap --nodes="${#hosts[@]}" --ntasks-per-node=1 --export=ALL \
-    bash -c 'if [[ -w $1 ]]; then echo "$SLURMD_NODENAME"; fi' _ "$(attempt_folder)" 2>/dev/null | sort |
-    comm -13 - <(printf '%s\n' "${hosts[@]}" | sort) | paste -sd,
+  local answers
+  # shellcheck disable=SC2016 # the nodes expand it
+  answers=$(timeout -k 1 10 srun --overlap --nodes="${#hosts[@]}" --ntasks-per-node=1 --export=ALL \
+    bash -c 'if [[ -w $1 ]]; then echo "$SLURMD_NODENAME"; fi' _ "$(attempt_folder)" 2>/dev/null) || :
+  [[ -n $answers ]] || return 0 # nor does this one: it is the controller that does not answer
+  comm -13 <(sort <<<"$answers") <(printf '%s\n' "${hosts[@]}" | sort) | paste -sd,
 }
 
 ending() { # whether Slurm itself is ending this job
@@ -90,7 +92,7 @@ ending() { # whether Slurm itself is ending this job
 }
 
 survive() { # RECIPE [key=value ...]: train until it is done, cannot go on, or has to go back into the queue
-  local opened code facts verdict argument
+  local opened code facts verdict argument began
   opened=$(on_first open "$@") || {
     code=$?
     [[ -z $asked ]] || requeue ''
@@ -100,7 +102,7 @@ survive() { # RECIPE [key=value ...]: train until it is done, cannot go on, or h
   export HERD_RUN HERD_ATTEMPT
   while :; do
     say "job $SLURM_JOB_ID attempt $HERD_ATTEMPT: $* on $SLURM_JOB_NODELIST, logs in $(attempt_folder)"
-    code=0
+    code=0 began=$SECONDS
     if [[ -n $asked ]]; then pass_on; fi # between two attempts
     on_all train "$@" || code=$?
     say "training ended with exit code $code"
@@ -114,7 +116,10 @@ survive() { # RECIPE [key=value ...]: train until it is done, cannot go on, or h
     argument=${verdict#* }
     case $verdict in
       done | stop) exit 0 ;;
-      restart*) export HERD_ATTEMPT=$argument ;;
+      restart*)
+        export HERD_ATTEMPT=$argument
+        ((SECONDS - began > 3)) || sleep 15 # nothing was even started: the controller may be away for a while
+        ;;
       requeue*) [[ $verdict == *" "* ]] || argument=''; requeue "$argument" ;;
       *) exit "$argument" ;;
     esac
