@@ -50,7 +50,8 @@ def test_a_killed_node_leaves_nothing_its_job_goes_on_with_a_spare_and_it_comes_
     assert lab.wait_running(job, restarts=1) == ["node1", "node3", "node4", "node5"]
     assert "port2" not in lab.run("ls", "/sys/class/net"), "its cable went with it"
     lab.start("node2")
-    assert lab.run("srun", "-N1", "-w", "node2", "--immediate=20", "hostname").strip() == "node2"
+    assert lab.run("srun", "-N1", "-w", "node2", "--immediate=20", "hostname", cwd=shared).strip() == "node2"
+    lab.run("srun", "-N1", "-w", "node2", "test", "-e", shared, cwd=shared)  # as before, though it is under /tmp
     lab.settle()
     assert lab.state(job) == "CANCELLED"
 

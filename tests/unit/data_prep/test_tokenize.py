@@ -169,7 +169,7 @@ def test_a_text_the_tokenizer_fails_on_is_named(demo: Path, tmp_path: Path, monk
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
 def test_a_stopped_run_leaves_no_output_and_no_process(demo: Path, tmp_path: Path, number: signal.Signals) -> None:
-    (tmp_path / "big.jsonl").write_bytes((demo / "text.jsonl").read_bytes() * 60)
+    (tmp_path / "big.jsonl").write_bytes((demo / "text.jsonl").read_bytes() * 150)  # minutes of work
     command = [sys.executable, "-m", "launch.cli", "prep", "tokenize", "big.jsonl", "--tokenizer", str(demo)]
     root = Path(module.__file__).parents[1]
     run = subprocess.Popen(
