@@ -139,7 +139,8 @@ def test_a_time_limit_a_second_job_a_loss_that_blows_up_and_deaths_without_progr
 ) -> None:
     # Slurm's own warning would come too late here: the run has to know its time.
     options = ("--time=1", "--signal=B:USR1@1")
-    long = disturbed("train.steps=100000", "log.interval=10", nodes=1, run_dir="runs/long", options=options)
+    words = ["train.steps=100000", "log.interval=10", "resilience.stop_margin=40"]  # Slurm may warn 30 s early
+    long = disturbed(*words, nodes=1, run_dir="runs/long", options=options)
     long.until(lambda: long.run.lock.exists())
 
     second = Disturbed(lab, folder, long.words, CPU, long.script, 1, long.run_dir).submit()
