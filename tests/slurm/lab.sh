@@ -39,7 +39,7 @@ child_of() { # process id, as seen from here, of process 1 in the namespace that
 configure() { # DIR NODES
   local dir=$1 nodes=$2 i
   mkdir -p "$dir"/{log,state,devices,disks}
-  echo "${LAB_SHARED:-}" >"$dir/shared"
+  echo "${LAB_SHARED:-}" >"$dir/carried"
   for i in {0..15}; do # Slurm wants devices, of whatever kind
     ln -sfn /dev/null "$dir/devices/nvidia$i"
     ln -sfn /dev/null "$dir/devices/neuron$i"
@@ -180,7 +180,7 @@ compute_node() { # process 1 of a compute node
   hostname "$name"
   # A node's own /tmp, with the shared folders under it carried over.
   mount -t tmpfs tmpfs /mnt
-  IFS=: read -ra shared <<<"$dir:$(cat "$dir/shared")" # as when the lab began, also for a node that comes back
+  IFS=: read -ra shared <<<"$dir:$(cat "$dir/carried")" # as when the lab began, also for a node that comes back
   for ((k = 0; k < ${#shared[@]}; k++)); do
     [[ ${shared[k]} == /tmp/* ]] || continue
     mkdir "/mnt/$k"
