@@ -118,7 +118,7 @@ survive() { # RECIPE [key=value ...]: train until it is done, cannot go on, or h
       done | stop) exit 0 ;;
       restart*)
         export HERD_ATTEMPT=$argument
-        ((SECONDS - began > 3)) || sleep 15 # nothing was even started: the controller may be away for a while
+        ((SECONDS - began > 1)) || sleep 15 # nothing was even started: the controller may be away for a while
         ;;
       requeue*) [[ $verdict == *" "* ]] || argument=''; requeue "$argument" ;;
       *) exit "$argument" ;;

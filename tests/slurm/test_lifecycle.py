@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,9 @@ def test_a_run_survives_fifty_faults(disturbed: Callable[..., Disturbed], refere
     same_as(run, reference)
     assert {hit.fault for hit in hits} == set(FAULTS)
     # So many steps are done again as lie between two checkpoints, and one that was being written.
-    assert max(hit.redone for hit in hits if hit.fault != "corrupt") <= 11, hits
+    # A damaged one costs another interval, also to the fault that follows before the run has caught up.
+    plain = [hit for before, hit in pairwise([hits[0], *hits]) if "corrupt" not in (before.fault, hit.fault)]
+    assert max(hit.redone for hit in plain) <= 11, hits
 
     events = list(run.run.history())
     names = [event["event"] for event in events]
