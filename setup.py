@@ -14,7 +14,17 @@ TRAIN = [
     "matplotlib>=3.8",
     "psutil>=5.9",
 ]
-PREP = ["sentencepiece>=0.2", "tiktoken>=0.7", "tokenizers>=0.20", "zstandard>=0.22"]
+PREP = [
+    "sentencepiece>=0.2",
+    "tiktoken>=0.7",
+    "tokenizers>=0.20",
+    "fastokens>=0.3.5",  # ten times the speed of the three above, and checked against them as it runs
+    "msgspec>=0.19",
+    "zstandard>=0.22",
+    "isal>=1.7",  # gzip at twice zlib's speed
+    "xxhash>=3.4",
+    "pyarrow>=15",
+]
 DEV = [
     "pytest>=8",
     "pytest-timeout>=2.3",
