@@ -1,8 +1,7 @@
 """Token files: Megatron's `.bin` / `.idx` pair, read through a memory map and written byte for byte as Megatron does.
 
-`PREFIX.bin` is nothing but token ids. `PREFIX.idx`, little-endian, says where each sequence lies and which sequences
-make a document: "MMIDIDX" and two zero bytes | u64 version 1 | u8 dtype code | u64 sequences n | u64 documents+1 d |
-i32 lengths[n] | i64 byte pointers[n] | i64 documents[d] | i8 modes[n], in multimodal files only, and not read here.
+`PREFIX.bin` is nothing but token ids. `PREFIX.idx` says where each sequence lies and which sequences make a document;
+its format is in index_format.py.
 Source: Megatron-LM, megatron/core/datasets/indexed_dataset.py; a test compares the bytes with megatron-core 0.16.1.
 """
 
@@ -11,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import shutil
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -24,15 +22,17 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from data_prep.errors import UserError
+from data_prep.index_format import (
+    CODES,
+    HEADER,
+    Header,
+    broken_data,
+    broken_index,
+    check_lengths,
+    publish,
+    read_header,
+)
 
-MAGIC = b"MMIDIDX\x00\x00"
-VERSION = 1
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1: 34 bytes
-DTYPES = {
-    code: np.dtype(kind).newbyteorder("<")
-    for code, kind in {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 6: "f8", 7: "f4", 8: "u2"}.items()
-}
-CODES = {dtype: code for code, dtype in DTYPES.items()}
 CHUNK = 1 << 22  # sequences checked at a time: 100 M of them need 64 MB of temporary memory instead of 2 GB
 
 
@@ -59,13 +59,12 @@ class IndexedWriter:
         self.tokens = 0
         self._lengths = array("i")  # 4 bytes a sequence in memory
         self._documents = array("q", [0])
-        self._paths = {kind: Path(f"{self.prefix}.{kind}") for kind in ("bin", "idx")}
         self._aside = {kind: Path(f"{self.prefix}.{kind}.tmp") for kind in ("bin", "idx")}
         self._bin: BinaryIO | None = None
 
     def __enter__(self) -> IndexedWriter:
         with self._disk():
-            self._paths["bin"].parent.mkdir(parents=True, exist_ok=True)
+            self._aside["bin"].parent.mkdir(parents=True, exist_ok=True)
             self._bin = self._aside["bin"].open("wb", buffering=1 << 20)
         return self
 
@@ -90,20 +89,6 @@ class IndexedWriter:
         before = len(self._lengths)
         self._write(ids, sizes[sizes > 0])
         self._documents.frombytes((before + np.cumsum(sizes > 0, dtype=np.int64)).tobytes())
-
-    def add_dataset(self, other: IndexedDataset) -> None:
-        """Append all documents of another token file of the same dtype, copied as bytes."""
-        if other.dtype != self.dtype:
-            raise UserError(
-                f"{other.prefix} holds {other.dtype} tokens and {self.prefix} {self.dtype}; "
-                f"merge files of one tokenizer"
-            )
-        before = len(self._lengths)
-        self._lengths.frombytes(other.lengths.tobytes())
-        self._documents.frombytes((other.documents[1:] + before).tobytes())
-        self.tokens += other.tokens
-        with self._disk(), Path(f"{other.prefix}.bin").open("rb") as source:
-            shutil.copyfileobj(source, self._open_bin(), 1 << 22)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -147,10 +132,7 @@ class IndexedWriter:
         return self._bin
 
     def _finish(self) -> None:
-        """Flush, write the index, and put both in place: index gone, data renamed, index renamed.
-
-        A kill between any two of these leaves no readable pair of old index and new data.
-        """
+        """Flush the data, write the index, and put both in place."""
         data = self._open_bin()
         data.flush()
         os.fsync(data.fileno())
@@ -158,19 +140,12 @@ class IndexedWriter:
         pointers = np.cumsum(lengths, dtype=np.int64) - lengths
         pointers *= self.dtype.itemsize
         with self._aside["idx"].open("wb") as index:
-            index.write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(self._lengths), len(self._documents)))
+            index.write(Header(self.dtype, len(self._lengths), len(self._documents) - 1).pack())
             for part in (lengths.astype("<i4"), pointers.astype("<i8"), np.asarray(self._documents, dtype="<i8")):
                 part.tofile(index)
             index.flush()
             os.fsync(index.fileno())
-        self._paths["idx"].unlink(missing_ok=True)
-        for kind in ("bin", "idx"):
-            self._aside[kind].replace(self._paths[kind])
-        folder = os.open(self._paths["idx"].parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the names are as durable as the bytes
-        finally:
-            os.close(folder)
+        publish(self.prefix)
 
     @contextlib.contextmanager
     def _disk(self):  # type: ignore[no-untyped-def]
@@ -208,65 +183,42 @@ class IndexedDataset:
             raise UserError(f"{error.filename or self._index} cannot be read: {error.strerror}") from error
 
     def _open(self) -> None:
-        with self._index.open("rb") as stream:
-            head = stream.read(HEADER.size)
-        if head[: len(MAGIC)] != MAGIC:
-            raise self._broken("is not a Megatron index: it does not start with MMIDIDX")
-        if len(head) < HEADER.size:
-            raise self._broken(f"is cut off inside its header ({len(head)} of {HEADER.size} bytes)")
-        _, version, code, sequences, documents = HEADER.unpack(head)
-        if version != VERSION:
-            raise self._broken(f"has version {version}, and only version {VERSION} exists")
-        if code not in DTYPES:
-            raise self._broken(f"names token type {code}, and only 1 to 8 exist")
-        size = self._index.stat().st_size
-        expected = HEADER.size + 12 * sequences + 8 * documents
-        if documents < 1 or size not in (expected, expected + sequences):  # a byte more a sequence: multimodal modes
-            cut = "is cut off" if size < expected else "does not match its header"
-            raise self._broken(f"{cut}: {size} bytes, where its header promises {expected}")
-        self.dtype = DTYPES[code]
+        self._map_index()
+        self._map_data()
+
+    def _map_index(self) -> None:
+        self.header = header = read_header(self.prefix, self._index)
+        self.dtype = header.dtype
         raw = np.memmap(self._index, dtype=np.uint8, mode="r")
-        at = HEADER.size
-        self.lengths: NDArray[np.int32] = np.frombuffer(raw, "<i4", sequences, at)
-        self._pointers: NDArray[np.int64] = np.frombuffer(raw, "<i8", sequences, at + 4 * sequences)
-        self.documents: NDArray[np.int64] = np.frombuffer(raw, "<i8", documents, at + 12 * sequences)
-        self._head = head
+        self.lengths: NDArray[np.int32] = np.frombuffer(raw, "<i4", header.sequences, HEADER.size)
+        self.pointers: NDArray[np.int64] = np.frombuffer(raw, "<i8", header.sequences, header.pointers_at)
+        self.documents: NDArray[np.int64] = np.frombuffer(raw, "<i8", header.documents + 1, header.documents_at)
         self._check_entries()
+
+    def _map_data(self) -> None:
         actual, wanted = self._data.stat().st_size, self.tokens * self.dtype.itemsize
         if actual != wanted:
-            state = "is cut off" if actual < wanted else "is longer than its index"
-            raise UserError(
-                f"{self._data} {state}: {actual} bytes, where {self._index.name} promises {wanted}; "
-                f"copy both files again from one run, or make them anew with herd prep tokenize"
-            )
+            raise broken_data(self.prefix, actual, wanted)
         # numpy cannot map a file of no bytes
         self._tokens = np.memmap(self._data, dtype=self.dtype, mode="r") if wanted else np.empty(0, self.dtype)
 
     def _check_entries(self) -> None:
         """Lengths not negative, pointers end to end, documents rising from 0 to the number of sequences."""
-        total = 0
+        self.tokens = 0
         for start in range(0, len(self.lengths), CHUNK):
-            lengths = self.lengths[start : start + CHUNK]
-            if lengths.min() < 0:
-                raise self._broken(f"gives sequence {start + int(lengths.argmin())} a negative length")
-            ends = np.cumsum(lengths, dtype=np.int64) + total
-            wrong = self._pointers[start : start + CHUNK] != (ends - lengths) * self.dtype.itemsize
-            if wrong.any():
-                first = start + int(wrong.argmax())
-                raise self._broken(f"points sequence {first} elsewhere than behind sequence {first - 1}")
-            total = int(ends[-1])
-        self.tokens = total
+            here = slice(start, start + CHUNK)
+            self.tokens, cause = check_lengths(
+                self.lengths[here], self.pointers[here], start, self.tokens, self.dtype.itemsize
+            )
+            if cause:
+                raise broken_index(self.prefix, cause, self._index)
         falls = any(
             (np.diff(self.documents[start : start + CHUNK + 1]) < 0).any()
             for start in range(0, len(self.documents), CHUNK)
         )
         if self.documents[0] != 0 or self.documents[-1] != len(self.lengths) or falls:
-            raise self._broken(f"has documents that do not run from 0 to its {len(self.lengths)} sequences")
-
-    def _broken(self, cause: str) -> UserError:
-        return UserError(
-            f"{self._index} {cause}; copy {self.prefix}.bin and .idx again, or make them anew with herd prep tokenize"
-        )
+            cause = f"has documents that do not run from 0 to its {len(self.lengths)} sequences"
+            raise broken_index(self.prefix, cause, self._index)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -283,8 +235,12 @@ class IndexedDataset:
         stop = size if length is None else offset + length
         if not 0 <= offset <= stop <= size:
             raise IndexError(f"{self.prefix}: tokens {offset}..{stop} of sequence {i}, which has {size}")
-        begin = int(self._pointers[i]) // self.dtype.itemsize
+        begin = int(self.pointers[i]) // self.dtype.itemsize
         return self._tokens[begin + offset : begin + stop]
+
+    def pieces(self, begin: int, end: int) -> Iterator[tuple[str, int, int]]:
+        """Where bytes begin..end of the tokens lie: (file, offset, bytes), end to end."""
+        yield f"{self.prefix}.bin", begin, end - begin
 
     @cached_property
     def fingerprint(self) -> str:
@@ -292,7 +248,7 @@ class IndexedDataset:
 
         Pointers are left out because opening has checked that they follow from the lengths; token ids are not read.
         """
-        digest = hashlib.blake2b(self._head, digest_size=16)
+        digest = hashlib.blake2b(self.header.pack(), digest_size=16)
         for entries in (self.lengths, self.documents):
             digest.update(entries.view(np.uint8).data)
         digest.update(struct.pack("<Q", self.tokens * self.dtype.itemsize))

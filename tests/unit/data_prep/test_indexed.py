@@ -63,19 +63,6 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     assert IndexedDataset(folder / "bulk").fingerprint == dataset.fingerprint
 
 
-def test_merged_files_equal_one_written_at_once(tmp_path: Path) -> None:
-    parts = [[[1, 2], []], [], [[3], [4, 5, 6]]]
-    whole = write(tmp_path / "whole", [d for part in parts for d in part])
-    with IndexedWriter(tmp_path / "merged", np.uint16) as writer:
-        for k, part in enumerate(parts):
-            writer.add_dataset(IndexedDataset(write(tmp_path / f"part{k}", part)))
-    for kind in ("bin", "idx"):
-        assert Path(f"{whole}.{kind}").read_bytes() == (tmp_path / f"merged.{kind}").read_bytes()
-    message = r"part0 holds uint16 tokens and .*wide int32; merge files of one tokenizer"
-    with pytest.raises(UserError, match=message), IndexedWriter(tmp_path / "wide", np.int32) as writer:
-        writer.add_dataset(IndexedDataset(tmp_path / "part0"))
-
-
 def test_get_gives_read_only_views_into_the_map(tmp_path: Path) -> None:
     dataset = IndexedDataset(write(tmp_path / "x", [[1, 2, 3, 4], [5, 6]]))
     part = dataset.get(0, 1, 2)
