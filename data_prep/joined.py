@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import resource
 import tempfile
@@ -23,8 +22,8 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 from data_prep.index_format import broken_data
 from data_prep.indexed import IndexedDataset
-from data_prep.merge import place, write_indices
 from data_prep.parts_file import Parts, find_parts, read_parts
+from data_prep.placed import place, write_indices
 from data_prep.ranges import RangeFile, disk_errors
 
 OPENERS = 8  # threads that read indices: most of their time is waiting for a network's file system
@@ -43,27 +42,9 @@ def open_tokens(path: str | Path, thorough: bool = False) -> IndexedDataset:
     return IndexedDataset(path) if folder is None else Joined(folder, thorough)
 
 
-def read_meta(path: str | Path) -> dict[str, Any] | None:
-    """What is noted about a token file or a folder of parts: PREFIX.meta.json, or "meta" of parts.json; None for files
-    of others. Raises UserError when it is damaged."""
-    folder = find_parts(path)
-    if folder is not None:
-        return read_parts(folder).meta
-    meta = Path(f"{path}.meta.json")
-    try:
-        facts = json.loads(meta.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{meta}: cannot be read: {error}; remove it to do without it") from error
-    if not isinstance(facts, dict):
-        raise UserError(f"{meta}: is no JSON object; remove it to do without it")
-    return facts
-
-
 def write_joined_index(parts: Parts, path: str | Path) -> None:
     """Write the index that the parts would have when merged. Raises UserError for a part that is missing or damaged."""
-    placed, total, _ = place(parts.prefixes, None, OPENERS)
+    placed, total = place(parts.prefixes, None, OPENERS)
     for part, one in zip(parts.parts, placed, strict=True):
         parts.check(part, one.header.documents, one.header.sequences, one.data_bytes)
     with disk_errors(path), RangeFile(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC) as file:

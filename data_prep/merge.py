@@ -13,23 +13,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import xxhash
 
 from data_prep.errors import UserError
-from data_prep.index_format import HEADER, Header, broken_data, broken_index, check_lengths, read_header
-from data_prep.parts_file import read_parts
+from data_prep.index_format import Header
+from data_prep.parts_file import find_parts, read_meta, read_parts
+from data_prep.placed import Digests, Placed, compare_digests, place, write_indices
 from data_prep.ranges import TASK, RangeFile, disk_errors, hash_block, in_order
+from data_prep.sets import combine_metas
 from data_prep.sized_pair import SizedPair, check_output
-
-CHUNK = 1 << 20  # entries of an index read at a time: about 40 MB a worker
-
-Digests = tuple[str | None, str | None]  # of .bin and of .idx, hexadecimal xxh3_128
 
 
 @dataclass(frozen=True)
 class Totals:
-    """What a merged set holds. bin_xxh3, idx_xxh3: None where they were not asked for."""
+    """What a set holds. bin_xxh3, idx_xxh3: None where they were not asked for."""
 
     dtype: str
     documents: int
@@ -44,99 +41,6 @@ class Totals:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-class Placed(NamedTuple):
-    """A set, and where it begins in the result: sequence, document, byte."""
-
-    prefix: str
-    header: Header
-    data_bytes: int
-    on_disk: int
-    sequence: int = 0
-    document: int = 0
-    byte: int = 0
-    digests: Digests = (None, None)
-
-
-def place(
-    prefixes: Sequence[str | Path], digests: Sequence[Digests] | None = None, workers: int = 1
-) -> tuple[list[Placed], Header, int]:
-    """Where each set goes, the result's header and its bytes of data; only headers and sizes are read.
-
-    Raises UserError for what is missing, is no token file, or holds tokens of another type.
-    """
-    placed: list[Placed] = []
-    sequence = document = byte = 0
-    for number, (_, one) in enumerate(in_order(_read_sizes, prefixes, workers)):
-        dtype = placed[0].header.dtype if placed else one.header.dtype
-        if one.header.dtype != dtype:
-            raise UserError(
-                f"{placed[0].prefix} holds {dtype} tokens and {one.prefix} {one.header.dtype}; "
-                f"merge files of one tokenizer",
-                2,
-            )
-        told = digests[number] if digests else one.digests
-        placed.append(one._replace(sequence=sequence, document=document, byte=byte, digests=told))
-        sequence, document = sequence + one.header.sequences, document + one.header.documents
-        byte += one.data_bytes
-    if not placed:
-        raise UserError("nothing to merge; name token files, or a folder that holds some", 2)
-    return placed, Header(placed[0].header.dtype, sequence, document), byte
-
-
-def _read_sizes(prefix: str | Path) -> Placed:
-    data = Path(f"{prefix}.bin")
-    try:
-        header, stat = read_header(prefix), data.stat()
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename} does not exist; a token file is a pair of .bin and .idx", 2) from None
-    except OSError as error:
-        raise UserError(f"{error.filename or data}: {error.strerror}; check the path and its disk") from error
-    if header.modes:
-        raise UserError(f"{prefix}.idx is of a multimodal set, whose modes would be lost; merge sets of text", 2)
-    return Placed(str(prefix), header, stat.st_size, min(stat.st_size, 512 * stat.st_blocks))
-
-
-def write_indices(placed: Iterable[Placed], target: RangeFile, total: Header, workers: int) -> None:
-    """Check the index of each set and write its entries where they belong in the result's.
-
-    Raises UserError that names a set whose entries are wrong, do not fit its .bin, or are not those of its digest.
-    """
-    for _ in in_order(lambda one: _write_index(one, target, total), placed, workers):
-        pass
-
-
-def _write_index(one: Placed, target: RangeFile, total: Header) -> None:
-    header, itemsize, tokens = one.header, one.header.dtype.itemsize, 0
-    with RangeFile(f"{one.prefix}.idx") as source:
-        if one.digests[1]:
-            hasher = xxhash.xxh3_128()
-            source.hash_into(hasher, 0, source.size)
-            _compare(f"{one.prefix}.idx", hasher.hexdigest(), one.digests[1])
-        for start in range(0, header.sequences, CHUNK):
-            count = min(CHUNK, header.sequences - start)
-            lengths = source.array("<i4", count, HEADER.size + 4 * start)
-            pointers = source.array("<i8", count, header.pointers_at + 8 * start)
-            tokens, cause = check_lengths(lengths, pointers, start, tokens, itemsize)
-            if cause:
-                raise broken_index(one.prefix, cause)
-            pointers += one.byte
-            target.write(lengths, HEADER.size + 4 * (one.sequence + start))
-            target.write(pointers, total.pointers_at + 8 * (one.sequence + start))
-        last = 0
-        for start in range(0, header.documents + 1, CHUNK):
-            entries = source.array("<i8", min(CHUNK, header.documents + 1 - start), header.documents_at + 8 * start)
-            if (start == 0 and entries[0] != 0) or entries[0] < last or (np.diff(entries) < 0).any():
-                raise broken_index(one.prefix, "has documents that do not rise from 0")
-            last = int(entries[-1])
-            entries += one.sequence
-            skipped = int(start == 0)  # entry 0 is the end of the set before
-            target.write(entries[skipped:], total.documents_at + 8 * (one.document + start + skipped))
-        if last != header.sequences:
-            raise broken_index(one.prefix, f"has documents that do not end with its {header.sequences} sequences")
-    if tokens * itemsize != one.data_bytes:
-        raise broken_data(one.prefix, one.data_bytes, tokens * itemsize)
-
-
 class _Range(NamedTuple):
     """Bytes of a set's data that one task copies."""
 
@@ -149,14 +53,6 @@ def _ranges(placed: Iterable[Placed]) -> Iterator[_Range]:
     for one in placed:
         for begin in range(0, max(1, one.data_bytes), TASK):
             yield _Range(one, begin, min(begin + TASK, one.data_bytes))
-
-
-def _compare(path: str, found: str, recorded: str) -> None:
-    if found != recorded:
-        raise UserError(
-            f"{path} is damaged: its xxh3 is {found}, recorded was {recorded}; copy it again from where it is whole, "
-            f"or make this part anew with herd prep tokenize"
-        )
 
 
 def _copy_data(
@@ -178,9 +74,61 @@ def _copy_data(
                 for each in wanted:
                     hash_block(each, count, content)
         if recorded and task.end == one.data_bytes:
-            _compare(f"{one.prefix}.bin", own.hexdigest(), recorded)
+            compare_digests(f"{one.prefix}.bin", own.hexdigest(), recorded)
             own.reset()
         yield task.end - task.begin
+
+
+class Sets:
+    """Sets that are to be merged, looked at and found to fit together.
+
+    names: prefixes and folders of parts, in order. force: put sets of different tokenizers together.
+    Raises UserError for what is missing, damaged, unfinished or does not fit.
+    """
+
+    def __init__(self, names: Sequence[str | Path], workers: int = 1, force: bool = False):
+        prefixes: list[str] = []
+        digests: list[Digests] = []
+        metas: list[tuple[str, dict[str, Any] | None]] = []
+        folders = {}
+        for name in map(str, names):
+            if (folder := find_parts(name)) is not None:
+                parts = read_parts(folder)
+                folders[len(prefixes)] = parts
+                prefixes, digests = prefixes + parts.prefixes, digests + parts.digests
+                metas.append((name, parts.meta))
+            else:
+                meta = read_meta(name)
+                prefixes.append(name)
+                digests.append(_digests(meta or {}))
+                metas.append((name, meta))
+        self.placed, self.total = place(prefixes, digests, workers)
+        self.data_bytes = sum(one.data_bytes for one in self.placed)
+        for first, parts in folders.items():
+            for part, one in zip(parts.parts, self.placed[first:], strict=False):
+                parts.check(part, one.header.documents, one.header.sequences, one.data_bytes)
+        alone = len(metas) == 1 and bool(folders)
+        self.own_name = folders[0].prefix if alone else None
+        """The PREFIX of a lone PREFIX.parts."""
+        self.unknown = [name for name, meta in metas if not meta]
+        self.meta: dict[str, Any] = (metas[0][1] or {}) if alone else combine_metas(metas, force)
+
+    def write(
+        self,
+        output: str | Path,
+        *,
+        workers: int = 1,
+        overwrite: bool = False,
+        update: Callable[[int], None] | None = None,
+    ) -> dict[str, Any]:
+        """Merge into OUTPUT.bin, .idx and .meta.json; return what the last holds."""
+        totals = merge_placed(self.placed, self.total, output, workers, overwrite, update, self.meta)
+        return self.meta | totals.facts()
+
+
+def _digests(meta: dict[str, Any]) -> Digests:
+    told = [meta.get(f"{kind}_xxh3") for kind in ("bin", "idx")]
+    return tuple(digest if isinstance(digest, str) else None for digest in told)  # type: ignore[return-value]
 
 
 def merge(
@@ -201,25 +149,25 @@ def merge(
     Raises UserError for a missing, damaged or unlike set, a full disk (before anything is copied), an existing output.
     """
     check_output(output, overwrite)
-    sets = place(prefixes, digests, workers)
-    return _merge(*sets, output, workers, overwrite, update, meta, record)
+    placed, total = place(prefixes, digests, workers)
+    return merge_placed(placed, total, output, workers, overwrite, update, meta, record)
 
 
-def _merge(
+def merge_placed(
     placed: Sequence[Placed],
     total: Header,
-    data_bytes: int,
     output: str | Path,
-    workers: int,
-    overwrite: bool,
-    update: Callable[[int], None] | None,
-    meta: dict[str, Any] | None,
+    workers: int = 1,
+    overwrite: bool = False,
+    update: Callable[[int], None] | None = None,
+    meta: dict[str, Any] | None = None,
     record: bool = True,
 ) -> Totals:
+    """`merge` of sets that `place` has looked at."""
     mine = Path(f"{output}.bin").resolve()
     if any(Path(f"{one.prefix}.bin").resolve() == mine for one in placed):
         raise UserError(f"{output} is both an input and the output; choose another output", 2)
-    on_disk = sum(one.on_disk for one in placed)
+    data_bytes, on_disk = (sum(sizes) for sizes in zip(*((one.data_bytes, one.on_disk) for one in placed), strict=True))
     with SizedPair(output, total, data_bytes, overwrite, on_disk) as pair, disk_errors(output):
         write_indices(placed, pair.idx, total, workers)
         hasher = xxhash.xxh3_128()
@@ -249,10 +197,6 @@ def merge_parts(
     output: PREFIX of the folder PREFIX.parts when None. Raises UserError as `merge`, and for an unfinished folder.
     """
     parts = read_parts(folder)
-    prefix = parts.prefix if output is None else output
-    check_output(prefix, overwrite)
-    placed, total, data_bytes = place(parts.prefixes, parts.digests, workers)
-    for part, one in zip(parts.parts, placed, strict=True):
-        parts.check(part, one.header.documents, one.header.sequences, one.data_bytes)
-    totals = _merge(placed, total, data_bytes, prefix, workers, overwrite, update, parts.meta)
-    return parts.meta | totals.facts()
+    check_output(parts.prefix if output is None else output, overwrite)
+    sets = Sets([folder], workers)
+    return sets.write(output or parts.prefix, workers=workers, overwrite=overwrite, update=update)

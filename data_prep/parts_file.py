@@ -82,6 +82,24 @@ def find_parts(path: str | Path) -> Path | None:
     return folder
 
 
+def read_meta(path: str | Path) -> dict[str, Any] | None:
+    """What is noted about a token file or a folder of parts: PREFIX.meta.json, or "meta" of parts.json; None for files
+    of others. Raises UserError when it is damaged."""
+    folder = find_parts(path)
+    if folder is not None:
+        return read_parts(folder).meta
+    meta = Path(f"{path}.meta.json")
+    try:
+        facts = json.loads(meta.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{meta}: cannot be read: {error}; remove it to do without it") from error
+    if not isinstance(facts, dict):
+        raise UserError(f"{meta}: is no JSON object; remove it to do without it")
+    return facts
+
+
 def read_parts(folder: str | Path) -> Parts:
     """Read a finished folder's parts.json. Raises UserError where it is missing or damaged."""
     path = Path(folder) / NAME
