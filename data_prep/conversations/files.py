@@ -168,7 +168,7 @@ def _numbered(stream: Stream) -> Iterator[tuple[int, bytes | Overlong]]:
             yield number, block
             continue
         for number, line in enumerate(block.removesuffix(b"\n").split(b"\n"), number + 1):  # noqa: B020
-            yield number, line
+            yield number, line if len(line) <= RECORD_BYTES else Overlong(len(line))
     if lines.damage:
         raise UserError(f"{stream.path}: cannot be read after line {number:,}: {lines.damage}; fetch it again")
 

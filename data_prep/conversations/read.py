@@ -117,13 +117,14 @@ def _understood(raw: Raw, kind: str, path: Path, auto: bool, tally: Tally) -> Co
     try:
         if isinstance(raw.value, Fault):
             raise raw.value
-        if auto and kind not in (found := recognize(raw.value, path)):
-            if not found:
-                raise Fault("unknown format", f"keys {keys_of([raw.value])}; this file is {kind}")
+        found = recognize(raw.value, path) if auto else [kind]
+        if found and kind not in found:
             raise Fault("another format", f"{' or '.join(found)}, in a file of {kind}; give it a file of its own")
-        if auto and len(found) > 1:
+        if len(found) > 1:
             raise Fault("two formats in one", f"{' and '.join(found)}; name one with --format")
         conversation = convert(raw.value, kind, raw.place, notes)
+        if not found:  # it could be read, but has keys beside those read that its meaning hangs on
+            raise Fault("unknown format", f"keys {keys_of([raw.value])}; this file is {kind}")
     except Fault as fault:
         tally.refuse(raw.place, fault, raw.data)
         return None
