@@ -8,8 +8,11 @@ parallelism.
 
 from __future__ import annotations
 
+import bisect
 import importlib
+import itertools
 import os
+import re
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +30,7 @@ from data_prep.tokenizers import Tokenizer, build
 from data_prep.tokenizers.base import Flat, whole
 from data_prep.tokenizers.tiktoken import SPACE_RUN, cut_spaces
 
+ENOUGH = 1_000_000  # bytes of a sample below which speeds are noise
 SHOWN = 60  # characters of a text that stand in a message
 
 
@@ -54,12 +58,18 @@ class Official:
 
 
 class _Fast:
-    """What the fast engines share: text as the official tokenizer takes it, and one thread."""
+    """What the fast engines share: text as the official tokenizer takes it, and one thread.
+
+    Texts that an engine cannot take go to the official tokenizer: those with a symbol that tokenizer.json cannot
+    express (Mistral has twenty), or with a byte that the vocabulary lacks (SmolLM2's lacks a few control characters).
+    """
 
     name = ""
 
     def __init__(self, tokenizer: Tokenizer, json: str, special: bool = False) -> None:
-        self.special, self._cuts_spaces = special, tokenizer.kind == "tiktoken"
+        self.special, self._official = special, Official(tokenizer, special)
+        self._cuts_spaces = tokenizer.kind == "tiktoken"
+        self._symbol = re.compile("|".join(map(re.escape, tokenizer.symbols))) if tokenizer.symbols else None
         with _one_cpu():
             self._load(json)
             self._encode(["a", "b"])
@@ -71,17 +81,33 @@ class _Fast:
         raise NotImplementedError
 
     def encode_flat(self, texts: Sequence[str]) -> Flat:
-        parts, counts = list(texts), None
-        if self._cuts_spaces and any(len(text) >= SPACE_RUN for text in parts):
-            cut = [list(cut_spaces(text)) for text in parts]
-            parts, counts = [part for each in cut for part in each], [len(each) for each in cut]
+        symbol = self._symbol
+        if symbol is None or not any(map(symbol.search, texts)):
+            return self._encode_cut(list(texts))
+        return _joined(
+            [
+                self._official.encode_flat(list(group)) if found else self._encode_cut(list(group))
+                for found, group in itertools.groupby(texts, lambda text: symbol.search(text) is not None)
+            ]
+        )
+
+    def _encode_cut(self, texts: list[str]) -> Flat:
+        """With long runs of spaces cut where the official tokenizer cuts them."""
+        if not (self._cuts_spaces and any(len(text) >= SPACE_RUN for text in texts)):
+            return self._encode_some(texts)
+        cut = [list(cut_spaces(text)) for text in texts]
+        ids, lengths = self._encode_some([part for parts in cut for part in parts])
+        return ids, np.add.reduceat(lengths, np.cumsum([0, *map(len, cut[:-1])]))
+
+    def _encode_some(self, texts: list[str]) -> Flat:
+        # Looking for what an engine refuses would take longer than encoding: half by half, the text itself is found.
         try:
-            ids, lengths = self._encode(parts)
-        except UnicodeEncodeError:  # looking for halves of characters beforehand would take longer than encoding
-            ids, lengths = self._encode([whole(part) for part in parts])
-        if counts is not None and len(counts) < len(parts):
-            lengths = np.add.reduceat(lengths, np.cumsum([0, *counts[:-1]]))
-        return ids, lengths
+            return self._encode(texts)
+        except Exception:
+            if len(texts) == 1:
+                return self._official.encode_flat(texts)
+        half = len(texts) // 2
+        return _joined([self._encode_some(texts[:half]), self._encode_some(texts[half:])])
 
 
 class Fastokens(_Fast):
@@ -188,12 +214,12 @@ def choose(
     if wanted not in ("auto", *ENGINES):
         raise UserError(f"no engine {wanted!r}; there are auto, {', '.join(ENGINES)}", 2)
     official, hard, sample = Official(tokenizer, special), probes(tokenizer), list(sample)
-    size = sum(len(whole(text).encode()) for text in sample)
+    sizes = [len(whole(text).encode()) for text in sample]
+    half = bisect.bisect_left(list(itertools.accumulate(sizes)), sum(sizes) // 2)
     start = time.perf_counter()
     right = official.encode_flat(sample)
-    choice = Choice(
-        Official.name, {Official.name: _speed(size, start)}, dict.fromkeys(refused, "was wrong before"), size
-    )
+    speeds = {Official.name: _speed(sizes, start)}
+    choice = Choice(Official.name, speeds, dict.fromkeys(refused, "was wrong before"), sum(sizes))
     if wanted == Official.name:
         return choice
     right_hard = official.encode_flat(hard)
@@ -203,16 +229,22 @@ def choose(
                 raise UserError(f"{name} was wrong before; use another engine")
             engine = load_engine(name, tokenizer, folder, special)
             _must_equal(name, hard, _encode(engine, hard), right_hard)
+            # Engines remember words: the first half of the sample is for that, the second is measured.
+            got = _encode(engine, sample[:half])
             start = time.perf_counter()
-            got = _encode(engine, sample)
-            speed = _speed(size, start)
-            _must_equal(name, sample, got, right)
+            rest = _encode(engine, sample[half:])
+            speed = _speed(sizes[half:], start)
+            _must_equal(name, sample, _joined([got, rest]), right)
             choice.speeds[name] = speed
         except UserError as error:
             if wanted == name:
                 raise
             choice.refused[name] = str(error)
-    choice.name = max(choice.speeds, key=choice.speeds.__getitem__) if wanted == "auto" else wanted
+    fast = [name for name in choice.speeds if name != Official.name]
+    if choice.sample_bytes >= ENOUGH and wanted == "auto":
+        choice.name = max(choice.speeds, key=choice.speeds.__getitem__)
+    elif fast:
+        choice.name = fast[0]
     return choice
 
 
@@ -265,12 +297,16 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def _joined(parts: Sequence[Flat]) -> Flat:
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate([lengths for _, lengths in parts])
+
+
 def _lengths(ends: NDArray[np.int64]) -> NDArray[np.int64]:
     return ends[1:] - ends[:-1]
 
 
-def _speed(size: int, start: float) -> float:
-    return size / 1e6 / max(1e-9, time.perf_counter() - start)
+def _speed(sizes: Sequence[int], start: float) -> float:
+    return sum(sizes) / 1e6 / max(1e-9, time.perf_counter() - start)
 
 
 @contextmanager

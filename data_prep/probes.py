@@ -23,6 +23,7 @@ _WORDS = (
     "1 12 123 1234 12345 3.14159 1,000,000 0x1F ١٢٣٤ १२३४ １２３ ⅓ 1e-9 v1.2.3",
     "def f(x):\n\tif x >= 12345:\r\n        return {'a': [1.5e-7, \"it''s\"]}   # done\n\n\n",
     'https://example.org/a_b?c=%20&d=[e]#f user@mail.net C:\\path\\to /usr/bin $x+=--y; <a href="x">&amp;</a>',
+    "\U00032ada\U00075ac1m \U000332d6\U000e9124\ud2df",  # gigatoken 0.10.0 merges these bytes of Llama-3's wrongly
     "!!! ??? ... --- === *** ___ ~~~ ((( ))) !?#$%^&*",
 )
 

@@ -31,6 +31,10 @@ class Tokenizer(Protocol):
     eod: int | None  # the id that ends a document; None where the tokenizer names none
     control: dict[str, int]  # what `special` makes ids of
 
+    @property
+    def symbols(self) -> Sequence[str]:
+        """What `as_json` cannot express: texts that hold one of these are not for other engines."""
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         """Ids of a text, without BOS or EOD."""
 
@@ -44,7 +48,7 @@ class Tokenizer(Protocol):
         """Text of ids. Raises UserError for an id outside the vocabulary."""
 
     def as_json(self, special: bool = False) -> str:
-        """A tokenizer.json that encodes as `encode` does and adds nothing; for other engines.
+        """A tokenizer.json that encodes as `encode` does, and adds nothing, for other engines.
 
         Raises UserError when tokenizer.json cannot say what this tokenizer does.
         """

@@ -25,7 +25,7 @@ def from_sentencepiece(
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
     if rules.model_type != BPE:
-        raise UserError(f"{path}: only BPE models of SentencePiece can be written for transformers")
+        raise UserError(f"{path}: only BPE models of SentencePiece can be a tokenizer.json")
     ids = range(model.get_piece_size())
     pieces = {model.id_to_piece(i): i for i in ids}
     scores = {

@@ -27,6 +27,7 @@ class HuggingFace:
     """A loaded tokenizer.json. Meanings of methods: see `base.Tokenizer`."""
 
     kind = "huggingface"
+    symbols: tuple[str, ...] = ()
 
     def __init__(self, path: Path, data: bytes) -> None:
         from tokenizers import Tokenizer

@@ -50,6 +50,10 @@ class SentencePiece:
     def rules(self) -> Rules:
         return read_rules(self._data)
 
+    @cached_property
+    def symbols(self) -> list[str]:
+        return self.rules.user_defined
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         text = whole(text)
         if not special:
@@ -80,6 +84,9 @@ class SentencePiece:
         return text
 
     def as_json(self, special: bool = False) -> str:
+        # A symbol with a space, or one that normalised characters may form, cannot be looked for in the text as it is.
+        if self.symbols and (self.rules.charsmap or any(" " in name or "▁" in name for name in self.symbols)):
+            raise UserError(f"{self.path}: tokenizer.json cannot express the user's symbols of this model")
         text: str = build.from_sentencepiece(
             self.path, self._model, self.rules, self.control if special else {}
         ).to_str()

@@ -39,6 +39,7 @@ class Tiktoken:
     """Llama-3's ranks, loaded. Meanings of methods: see `base.Tokenizer`."""
 
     kind = "tiktoken"
+    symbols: tuple[str, ...] = ()
 
     def __init__(self, path: Path, data: bytes) -> None:
         import tiktoken
