@@ -12,6 +12,7 @@ from launch.prep.common import SETTINGS
 VERBS = {
     "tokenize": "tokenize",
     "inspect": "inspect",
+    "dedup": "dedup",
     "conversations": "conversations",
     "demo-text": "demo_text",
 }
