@@ -2,33 +2,36 @@
 
 The same recipe gives the order that Megatron-LM gives with --data-path (one file without weight, or weights and files),
 --split, --seq-length, --seed and the same numbers of samples; with data.validation, --train-data-path and
---valid-data-path.
+--valid-data-path. Epochs, token budgets and patterns become weights and files first, see blend_plan.py.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.indexed import IndexedDataset
-from llama.config import Recipe, Source
+from llama.config import Recipe
 from llama.data.batches import Batches, SampleSource
 from llama.data.blend import Blend, source_sizes
+from llama.data.blend_file import open_sources
+from llama.data.blend_plan import WHOLE, File, blend_files, plan_training, training_files
 from llama.data.samples import Samples, split_ranges
 
-WHOLE = "1,0,0"
 
-
-def build_data(recipe: Recipe, data_rank: int, data_size: int) -> tuple[Batches, Batches | None]:
+def build_data(
+    recipe: Recipe, data_rank: int, data_size: int, say: Callable[[str], None] | None = None
+) -> tuple[Batches, Batches | None]:
     """Training batches, and validation batches (None when validation.interval is 0), of one data rank.
 
     The order is laid out for data.order_samples (train.steps × global_batch_size when not given): a resumed run must
     be given the number it began with, or what was trained on already comes again in another order. Validation lays
     out validation.batches × global_batch_size samples; reading it from cursor 0 gives the same ones each time.
-    Raises UserError for a missing or damaged file, too little text, an unknown eod, ids beyond the vocabulary.
+    `say` is told what the run draws from each source. Raises UserError for a missing or damaged file, too little text,
+    an unknown eod, ids beyond the vocabulary, a blend whose numbers contradict one another.
     """
     data, batch = recipe.data, recipe.train.global_batch_size
     if not data.train:
@@ -37,15 +40,14 @@ def build_data(recipe: Recipe, data_rank: int, data_size: int) -> tuple[Batches,
             "herd prep tokenize TEXT.jsonl --tokenizer TOKENIZER --output PREFIX",
             2,
         )
+    opened = open_sources((*data.train, *(data.validation if recipe.validation.interval else ())))
     split = WHOLE if data.validation else data.split
-    sources = [(data.train, split, 0, data.order_samples or recipe.train.steps * batch)]
+    train = [file for group in training_files(recipe, opened) for file in group]
+    sources = [(train, split, 0, data.order_samples or recipe.train.steps * batch)]
     if recipe.validation.interval:
-        cut = (data.validation, WHOLE, 0) if data.validation else (data.train, split, 1)
+        held_out = [file for group in blend_files(data.validation, opened, WHOLE, None) for file in group]
+        cut = (held_out, WHOLE, 0) if data.validation else (train, split, 1)
         sources.append((*cut, recipe.validation.batches * batch))
-    opened: dict[str, IndexedDataset] = {}
-    for source in (*data.train, *(data.validation if recipe.validation.interval else ())):
-        if source.path not in opened:
-            opened[source.path] = IndexedDataset(source.path)
     eod = _checked_eod(recipe, list(opened))
     built = []
     for files, shares, part, count in sources:
@@ -56,23 +58,26 @@ def build_data(recipe: Recipe, data_rank: int, data_size: int) -> tuple[Batches,
         )  # fmt: skip
         batches.check_vocabulary(recipe.model.vocab_size)
         built.append(batches)
+    if say is not None:
+        for line in plan_training(recipe, opened).lines():
+            say(line)
     return built[0], built[1] if len(built) > 1 else None
 
 
 def _build_samples(
-    recipe: Recipe, files: Sequence[Source], opened: dict[str, IndexedDataset], shares: str, part: int, count: int
+    recipe: Recipe, files: Sequence[File], opened: dict[str, IndexedDataset], shares: str, part: int, count: int
 ) -> SampleSource:
     """`count` samples of part 0 (train) or 1 (validation) of the files: plain for one file, a blend for several."""
-    weights = [source.weight for source in files]
+    weights = [file.weight for file in files]
     # Megatron gives a lone file no surplus: its --data-path then has no weight, or its weight does not count.
     sizes = [count] if len(files) == 1 else source_sizes(weights, count)[1]
     parts = []
-    for source, size in zip(files, sizes, strict=True):
-        dataset = opened[source.path]
+    for file, size in zip(files, sizes, strict=True):
+        dataset = opened[file.prefix]
         cut = split_ranges(shares, len(dataset))[part]
         if part and cut[0] == cut[1]:
             raise UserError(
-                f"data.split={shares!r} leaves no validation part of {source.path} ({len(dataset)} sequences); raise "
+                f"data.split={shares!r} leaves no validation part of {file.prefix} ({len(dataset)} sequences); raise "
                 f"its second share, name files in data.validation, or set validation.interval=0",
                 2,
             )
