@@ -109,6 +109,11 @@ def check_lengths(
     return int(ends[-1]), None
 
 
+def falling(entries: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which entries are followed by a smaller one. Differences would overflow on damaged ones."""
+    return entries[1:] < entries[:-1]
+
+
 def publish(prefix: str | Path) -> None:
     """Put PREFIX.bin.tmp and .idx.tmp, already on the disk, in place: index gone, data renamed, index renamed.
 

@@ -29,6 +29,7 @@ from data_prep.index_format import (
     broken_data,
     broken_index,
     check_lengths,
+    falling,
     publish,
     read_header,
 )
@@ -213,8 +214,7 @@ class IndexedDataset:
             if cause:
                 raise broken_index(self.prefix, cause, self._index)
         falls = any(
-            (np.diff(self.documents[start : start + CHUNK + 1]) < 0).any()
-            for start in range(0, len(self.documents), CHUNK)
+            falling(self.documents[start : start + CHUNK + 1]).any() for start in range(0, len(self.documents), CHUNK)
         )
         if self.documents[0] != 0 or self.documents[-1] != len(self.lengths) or falls:
             cause = f"has documents that do not run from 0 to its {len(self.lengths)} sequences"
@@ -237,6 +237,17 @@ class IndexedDataset:
             raise IndexError(f"{self.prefix}: tokens {offset}..{stop} of sequence {i}, which has {size}")
         begin = int(self.pointers[i]) // self.dtype.itemsize
         return self._tokens[begin + offset : begin + stop]
+
+    def document(self, number: int, limit: int | None = None) -> NDArray[np.generic]:
+        """The tokens of a document, all its sequences end to end, or its first `limit`."""
+        found: list[NDArray[np.generic]] = [np.empty(0, self.dtype)]
+        left = np.iinfo(np.int64).max if limit is None else limit
+        for i in range(int(self.documents[number]), int(self.documents[number + 1])):
+            found.append(self.get(i, 0, min(left, int(self.lengths[i]))))
+            left -= len(found[-1])
+            if not left:
+                break
+        return np.concatenate(found)
 
     def pieces(self, begin: int, end: int) -> Iterator[tuple[str, int, int]]:
         """Where bytes begin..end of the tokens lie: (file, offset, bytes), end to end."""

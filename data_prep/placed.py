@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import xxhash
 
 from data_prep.errors import UserError
-from data_prep.index_format import HEADER, Header, broken_data, broken_index, check_lengths, read_header
+from data_prep.index_format import HEADER, Header, broken_data, broken_index, check_lengths, falling, read_header
 from data_prep.ranges import RangeFile, in_order
 
 CHUNK = 1 << 20  # entries of an index read at a time: about 40 MB a worker
@@ -99,7 +98,7 @@ def _write_index(one: Placed, target: RangeFile, total: Header) -> None:
         last = 0
         for start in range(0, header.documents + 1, CHUNK):
             entries = source.array("<i8", min(CHUNK, header.documents + 1 - start), header.documents_at + 8 * start)
-            if (start == 0 and entries[0] != 0) or entries[0] < last or (np.diff(entries) < 0).any():
+            if (start == 0 and entries[0] != 0) or entries[0] < last or falling(entries).any():
                 raise broken_index(one.prefix, "has documents that do not rise from 0")
             last = int(entries[-1])
             entries += one.sequence

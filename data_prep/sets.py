@@ -15,8 +15,8 @@ Meta = dict[str, Any]
 
 ENDINGS = (".bin", ".idx", ".meta.json")
 # What makes ids of one set mean something else in another, and what a training run relies on.
-MUST_AGREE = ("tokenizer_sha256", "vocab_size", "bos", "eod", "append_eod", "special_tokens")
-SUMS = ("text_bytes", "lines", "blank_lines", "repaired_documents", "bad_lines")
+MUST_AGREE = ("tokenizer_sha256", "vocab_size", "bos", "eod", "append_eod", "prepend_bos", "parse_special")
+SUMS = ("text_bytes", "lines", "blank_lines", "repaired_documents", "bad_lines", "checked_documents")
 EXAMPLES = 10
 
 
@@ -44,11 +44,13 @@ def _expand(inputs: Iterable[str | Path]) -> Iterator[tuple[str, bool]]:
         elif any(character in item for character in "*?[") and not (
             Path(item).exists() or Path(f"{item}.idx").exists()
         ):
-            names = sorted(glob.glob(item, recursive=True))  # noqa: PTH207 - a pattern may be absolute
+            # A pattern for files, which may find logs and text too, or for prefixes; it may be absolute.
+            names = sorted(glob.glob(item, recursive=True))  # noqa: PTH207
+            names = [name for name in names if name.endswith(ENDINGS) or Path(name).is_dir()]
+            names += sorted(glob.glob(f"{item}.idx", recursive=True))  # noqa: PTH207
             if not names:
-                raise UserError(f"{item}: no file has such a name; check the pattern", 2)
-            # What else a pattern finds beside token files: logs, text, tokenizers.
-            yield from _expand(name for name in names if name.endswith(ENDINGS) or Path(name).is_dir())
+                raise UserError(f"{item}: no token file has such a name; check the pattern", 2)
+            yield from _expand(names)
         elif ending := next((end for end in ENDINGS if item.endswith(end)), None):
             yield item.removesuffix(ending), False
         else:

@@ -222,9 +222,10 @@ def test_inputs_are_what_megatron_takes_and_more(tmp_path: Path, monkeypatch: py
     assert expand_sets(["c.bin", "c.idx", "in/*.bin", "x"]) == [
         "c", "in/a-1", "in/a", "in/b", "x.parts",
     ]  # fmt: skip
-    assert expand_sets(["in/*"]) == ["in/a-1", "in/a", "in/b"]
+    assert expand_sets(["in/*"]) == expand_sets(["in/[ab]*"]) == ["in/a-1", "in/a", "in/b"]
+    assert expand_sets(["in/?"]) == ["in/a", "in/b"]
     for wrong, message in (
-        (["c", "c"], "c is named twice"), (["in", "in/a"], "in/a is named twice"), (["no*"], "no file has such a name"),
+        (["c", "c"], "c is named twice"), (["in", "in/a"], "in/a is named twice"), (["no*"], "no token file has such a name"),
         (["x.parts", "x"], "x.parts is named twice"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
