@@ -51,6 +51,14 @@ class SentencePiece:
         return read_rules(self._data)
 
     @cached_property
+    def pieces(self) -> set[str]:
+        """What text can be made of: not control tokens, nor single bytes."""
+        model, ids = self._model, range(self.vocab_size)
+        return {
+            model.id_to_piece(i) for i in ids if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))
+        }
+
+    @cached_property
     def symbols(self) -> list[str]:
         return self.rules.user_defined
 

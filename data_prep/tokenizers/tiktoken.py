@@ -117,12 +117,12 @@ def long_spaces(text: str) -> Iterator[tuple[int, int]]:
         if at < end or not text[at].isspace():
             continue
         found = _SOLID.search(text, at)
-        start, end = _run_start(text, at), found.start() if found else len(text)
+        start, end = run_start(text, at), found.start() if found else len(text)
         if end - start >= SPACE_RUN:
             yield start, end
 
 
-def _run_start(text: str, at: int) -> int:
+def run_start(text: str, at: int) -> int:
     """Where the run of white space begins that ends before `at`; in time that depends on the run alone."""
     size = 64
     while True:
