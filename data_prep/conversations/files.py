@@ -167,7 +167,7 @@ def _numbered(stream: Stream) -> Iterator[tuple[int, bytes | Overlong]]:
             number += 1
             yield number, block
             continue
-        for number, line in enumerate(block.removesuffix(b"\n").split(b"\n"), number + 1):  # noqa: B020
+        for number, line in enumerate(bytes(block).removesuffix(b"\n").split(b"\n"), number + 1):  # noqa: B020
             yield number, line if len(line) <= RECORD_BYTES else Overlong(len(line))
     if lines.damage:
         raise UserError(f"{stream.path}: cannot be read after line {number:,}: {lines.damage}; fetch it again")

@@ -76,9 +76,7 @@ class Tally:
                 f"out with --max-bad {min(1.0, share + 5e-4):.3f}"
             )
         if not self.conversations:
-            raise UserError(
-                f"no conversation in {len(self.formats)} file(s), {self.records:,} records; check the input"
-            )
+            raise UserError(f"no conversation among {self.records:,} records; check the input")
 
 
 def read_conversations(

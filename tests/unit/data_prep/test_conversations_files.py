@@ -176,8 +176,8 @@ WHOLE: dict[str, tuple[str, bytes, str]] = {
     "parquet_cut": ("x.parquet", in_parquet(CHATS)[:-9], r"x\.parquet: cannot be read after record 0: .*; fetch it again"),
     "no_parquet": ("x.parquet", b"PK", r"no Parquet file"),
     "one_object": ("x.json", json.dumps(CHATS[0], indent=1).encode(), r"x\.json:1: JSON over several lines; .*jq -c"),
-    "empty": ("x.jsonl", b"", r"no conversation in 0 file\(s\), 0 records"),
-    "empty_array": ("x.json", b"[]", r"no conversation in 0 file\(s\), 0 records"),
+    "empty": ("x.jsonl", b"", r"no conversation among 0 records; check the input"),
+    "empty_array": ("x.json", b"[]", r"no conversation among 0 records; check the input"),
     "text": ("x.txt", b"hello\nworld\n", r"2 of 2 records .* 2 × broken JSON"),
 }  # fmt: skip
 
