@@ -11,8 +11,12 @@ from launch.prep.common import SETTINGS
 # verb -> module below launch.prep that defines a click command named `command`
 VERBS = {
     "tokenize": "tokenize",
+    "merge": "merge",
+    "verify": "verify",
+    "split": "split",
     "inspect": "inspect",
     "dedup": "dedup",
+    "blend": "blend",
     "conversations": "conversations",
     "demo-text": "demo_text",
 }
