@@ -8,6 +8,7 @@ what these leave of the whole.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -180,7 +181,12 @@ def blend_files(
     groups = [[(prefix, training_tokens(opened[prefix], split)) for prefix in prefixes(source)] for source in sources]
     sizes = [sum(tokens for _, tokens in group) for group in groups]
     files = []
-    for group, size, weight in zip(groups, sizes, source_weights(sources, sizes, whole, named), strict=True):
+    weights = source_weights(sources, sizes, whole, named)
+    for source, group, size, weight in zip(sources, groups, sizes, weights, strict=True):
+        if not size:
+            raise UserError(
+                f"{source.path} has no token to train on; use more text, or a larger first share in data.split"
+            )
         if len(group) == 1:
             files.append([File(*group[0], weight)])
         else:  # a file without tokens has no share, and Megatron's order knows none of weight 0
@@ -260,6 +266,8 @@ def _plan(
                 f"{row.path} is read {row.epochs:.3g} times; above {MANY_EPOCHS} epochs repeats add little "
                 f"(Muennighoff et al. 2023): give it less weight, or more text"
             )
+    named = Counter(file.prefix for group in groups for file in group)
+    warnings += [f"{name} is in {count} sources, each of which reads it" for name, count in named.items() if count > 1]
     unfinished = [f"{row.path} {row.epochs:.1%}" for row in rows if row.epochs is not None and row.epochs < 0.995]
     if unfinished:
         whole.append(f"never finished, and how much of it is read: {', '.join(unfinished)}")

@@ -112,6 +112,17 @@ def test_what_is_read_too_often_or_never_finished_is_said(sources: Path) -> None
     assert plan.rows[0].repeats == 8 and len(plan.lines()) == 5
 
 
+def test_a_file_that_two_sources_name_and_one_without_tokens_are_said(
+    sources: Path, token_file: Callable[..., str]
+) -> None:
+    run = recipe(blend(sources, "- books-1\n- books-*\n"))
+    plan = plan_training(run, open_sources(run.data.train))
+    assert plan.warnings == (f"{sources}/books-1 is in 2 sources, each of which reads it",)
+    token_file([0], "empty")
+    with pytest.raises(UserError, match="empty has no token to train on; use more text"):
+        build_data(recipe(blend(sources, "- web\n- {path: empty, epochs: 3}\n")), 0, 1)
+
+
 def test_a_run_of_another_length_than_the_blend_is_said_with_the_steps(sources: Path) -> None:
     run = recipe(blend(sources, "- {path: code, epochs: 1}\n- {path: web, epochs: 1}\n"), steps=5)
     (note, *_) = plan_training(run, open_sources(run.data.train)).notes
