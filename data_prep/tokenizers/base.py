@@ -91,6 +91,11 @@ def flat(encoded: Sequence[Sequence[int] | NDArray[Any]]) -> Flat:
     return ids, lengths
 
 
+def joined(parts: Sequence[Flat]) -> Flat:
+    """Several flats as one."""
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate([lengths for _, lengths in parts])
+
+
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
