@@ -1,4 +1,4 @@
-"""`herd prep`: exit codes, Megatron's names, what inspect shows, and the demo's text."""
+"""`herd prep`: exit codes, Megatron's names, and the demo's text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 from click.testing import CliRunner, Result
 
 from data_prep import demo_text
-from data_prep.indexed import IndexedWriter
 from launch.prep import command
 
 
@@ -62,7 +61,6 @@ def test_bad_lines_are_shown_on_stderr(corpus: Path, tmp_path: Path) -> None:
         (["tokenize", "{}/gone.jsonl", "--tokenizer", "{}", "--output", "{}/new"], 2, "no such file"),
         (["tokenize", "{}/text.jsonl", "--tokenizer", "{}/text.jsonl", "--output", "{}/new"], 1, "damaged or unknown"),
         (["tokenize", "{}/text.jsonl", "--tokenizer", "{}", "--output", "{}/new", "--max-bad", "2"], 2, "--max-bad"),
-        (["inspect", "{}/gone"], 1, "does not exist"),
         (["nonsense"], 2, "No such command"),
     ],
 )
@@ -72,39 +70,7 @@ def test_exit_codes_and_messages(corpus: Path, arguments: list[str], code: int, 
     assert not list(corpus.glob("new*"))
 
 
-def test_inspect_shows_counts_lengths_and_the_first_text(corpus: Path) -> None:
-    facts = json.loads(herd("inspect", corpus / "out.bin", "--json").stdout)
-    meta = json.loads((corpus / "out.meta.json").read_text(encoding="utf-8"))
-    for name in ("documents", "tokens", "dtype", "vocab_size", "eod", "tokenizer_sha256"):
-        assert facts[name] == meta[name]
-    assert facts["length"]["min"] <= facts["length"]["median"] <= facts["length"]["max"]
-    first = json.loads((corpus / "text.jsonl").read_text(encoding="utf-8").splitlines()[0])["text"]
-    assert facts["first_text"].startswith(first[:100])
-    plain = herd("inspect", corpus / "out").stdout
-    assert f"{facts['tokens']:,}" in plain and "uint16" in plain and len(plain.splitlines()) >= 8
-
-
-def test_inspect_takes_files_of_others(tmp_path: Path, corpus: Path) -> None:
-    with IndexedWriter(tmp_path / "other", "uint16") as writer:
-        writer.add_document([300, 301, 302])
-    result = herd("inspect", tmp_path / "other", "--json")
-    facts = json.loads(result.stdout)
-    assert facts["documents"] == 1 and facts["first_ids"] == [300, 301, 302] and "first_text" not in facts
-    shown = json.loads(herd("inspect", tmp_path / "other", "--json", "--tokenizer", corpus).stdout)
-    assert shown["first_text"]
-    with IndexedWriter(tmp_path / "none", "int32"):
-        pass
-    assert json.loads(herd("inspect", tmp_path / "none", "--json").stdout)["tokens"] == 0
-
-
-def test_inspect_says_when_the_account_is_of_other_files(corpus: Path, tmp_path: Path) -> None:
-    with IndexedWriter(tmp_path / "x", "uint16") as writer:
-        writer.add_document([1, 2])
-    (tmp_path / "x.meta.json").write_bytes((corpus / "out.meta.json").read_bytes())
-    assert "it is of other files" in herd("inspect", tmp_path / "x").stdout
-
-
-@pytest.mark.parametrize("verb", ["tokenize", "inspect", "demo-text"])
+@pytest.mark.parametrize("verb", ["tokenize", "merge", "verify", "split", "inspect", "demo-text"])
 def test_help_has_an_example(verb: str) -> None:
     result = herd(verb, "--help")
     assert result.exit_code == 0 and f"herd prep {verb} " in result.stdout
