@@ -1,65 +1,80 @@
-"""JSON Lines in: plain, gzip and zstd files, read in bounded memory, with every bad line counted and placed.
+"""Records in: JSON Lines, Parquet and plain text become batches of texts, with an account of every line.
 
-Two halves, so that many processes can share the work: `read_chunks` cuts files into blocks of whole lines (cheap; one
-process), `parse_lines` turns a block into documents (dear; any process). `read_documents` is both in one process.
+A batch is made from a block of a fixed range of a file (data_prep/plan.py), so the same batches come whoever reads. The
+fast path decodes a block of lines at once; a block that holds anything odd is gone through line by line, where each
+fault gets its cause and place. What a line's verdict is never depends on the path taken.
 """
 
 from __future__ import annotations
 
-import glob
-import gzip
 import json
 import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from io import BufferedReader
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
 
 from data_prep.errors import UserError
+from data_prep.inputs import JSONL, TEXT, File, check_keys, describe, expand_inputs, key_of
+from data_prep.streams import LineRange, Overlong, Stream
 
-KEYS = ("text", "content")  # looked for, in this order, when no key is given
-SUFFIXES = tuple(kind + packing for kind in (".jsonl", ".json") for packing in ("", ".gz", ".zst"))
-CHUNK_BYTES = 1 << 20  # text per task: large enough to hide a process hop, small enough for 128 tasks in memory
-MAX_LINE_BYTES = 1 << 28  # a longer line is no document but a file without newlines; it is counted bad, not loaded
-SHOWN = 5  # bad lines kept word for word in a Tally
-PEEKED_LINES, PEEKED_FILES = 100, 8  # how far the search for the key goes
+BLOCK_BYTES = 1 << 19  # of text parsed and encoded at a time: fits the processor's cache, hides the cost of a call
+MAX_LINE_BYTES = 1 << 26  # a longer line is no document but a file without newlines; it is counted bad, not loaded
+SHOWN = 5  # faults shown in a summary; the log has all
+LOGGED_BYTES = 200  # of a rejected line that go into the log
 _SURROGATE = re.compile("[\ud800-\udfff]")
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass
+class Fault:
+    """A line that is no document (or was mended). `line` counts from 1 in its part of the file, until all are added."""
+
+    line: int
+    offset: int  # bytes into the unpacked file; for Parquet the row
+    cause: str
+    detail: str = ""
+    excerpt: str = ""
+    kept: bool = False  # mended rather than left out
 
 
 @dataclass
 class Tally:
-    """What became of every line. Tallies of consecutive chunks add up with `add`."""
+    """What became of every line (Parquet: row; text file: document). Tallies of consecutive ranges add up."""
 
     lines: int = 0
     documents: int = 0
     blank: int = 0  # lines of white space: no record, no fault
-    repaired: int = 0  # documents kept after lone surrogates (half a character) became U+FFFD
+    repaired: int = 0  # documents kept after a fault was mended
     bad: Counter[str] = field(default_factory=Counter)  # cause -> lines
-    examples: list[str] = field(default_factory=list)  # "file:line: cause", the first few
+    filtered: Counter[str] = field(default_factory=Counter)  # filter's reason -> documents it left out
 
     def add(self, other: Tally) -> None:
-        """Count `other`, whose lines come after ours."""
         self.lines += other.lines
         self.documents += other.documents
         self.blank += other.blank
         self.repaired += other.repaired
         self.bad.update(other.bad)
-        self.examples = (self.examples + other.examples)[:SHOWN]
-
-    def reject(self, location: str, cause: str, detail: str = "") -> None:
-        """Count one bad line; keep its place if it is among the first."""
-        self.bad[cause] += 1
-        if len(self.examples) < SHOWN:
-            self.examples.append(f"{location}: {cause}{f' ({detail})' if detail else ''}")
+        self.filtered.update(other.filtered)
 
     @property
     def bad_lines(self) -> int:
-        """Lines that gave no document though they were not blank."""
+        """Lines that gave no document though they were neither blank nor filtered out."""
         return self.bad.total()
 
-    def check(self, max_bad: float) -> None:
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "bad": dict(self.bad), "filtered": dict(self.filtered)}
+
+    @classmethod
+    def of_json(cls, value: dict[str, Any]) -> Tally:
+        return cls(**{**value, "bad": Counter(value["bad"]), "filtered": Counter(value["filtered"])})
+
+    def check(self, max_bad: float, shown: Iterable[str] = ()) -> None:
         """Raise UserError when more than `max_bad` (a share, 0 to 1) of the lines that are not blank were bad."""
         records = self.lines - self.blank
         if self.bad_lines and self.bad_lines > max_bad * records:
@@ -67,269 +82,305 @@ class Tally:
             share = self.bad_lines / records
             raise UserError(
                 f"{self.bad_lines:,} of {records:,} lines are bad ({share:.2%}; --max-bad allows {max_bad:.2%}):"
-                f" {causes}."
-                f" First: {'; '.join(self.examples)}. Repair the files, or allow it with"
+                f" {causes}. First: {'; '.join(shown)}. Repair the files, or allow it with"
                 f" --max-bad {min(1.0, share + 5e-4):.3f}"
             )
 
 
 @dataclass
-class Chunk:
-    """Whole lines of one file. `first_line` counts from 1; `position`: bytes of the file on disk read so far."""
+class Batch:
+    """Texts of consecutive records."""
 
-    path: Path
-    first_line: int
-    data: bytes
-    position: int = 0
-    key: str = KEYS[0]
-    overlong: tuple[int, int] | None = None  # (line, bytes) of a line dropped for its length, instead of data
-
-
-@dataclass
-class Document:
-    """One text and where it came from, as file:line."""
-
-    text: str
-    location: str
+    texts: list[str]
+    tally: Tally
+    text_bytes: int  # of the input that they were made from, unpacked
+    faults: list[Fault]
+    goes_on: bool = False  # its one text continues the document that the batch before began
+    more: bool = False  # the document of its one text goes on in the next batch
+    dropped: bool = False  # what was begun so turns out to be bad: nothing of it is kept
 
 
-def expand_inputs(inputs: Iterable[str | Path]) -> list[Path]:
-    """Files named by files, folders (searched below for .jsonl/.json, .gz/.zst or not) and globs; sorted, each once.
+class Filter(Protocol):
+    """What may leave out a good document (data_prep/filters.py)."""
 
-    Sorted by path as text, so that neither the order of arguments nor the shell's locale changes the output.
-    Raises UserError for an input that names nothing.
+    needs_record: bool
+
+    def reject(self, text: str, record: Any) -> str | None:
+        """Why the document is left out, or None."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How inputs are read; all of it may change the output."""
+
+    key: str | None = None
+    text_documents: str = "file"  # what a document is in a text file: file | line
+    max_line_bytes: int = MAX_LINE_BYTES
+    filters: Filter | None = None
+
+
+class Reader:
+    """Reads ranges of files one after another, in one process; keeps a stream open, since the next range may follow.
+
+    last_cut(text) -> index up to which a long text may be encoded by itself; needed for text files larger than
+    max_line_bytes, which are refused without it.
     """
-    found: dict[Path, Path] = {}
-    for item in map(str, inputs):
-        path = Path(item)
-        if path.is_dir():
-            files = [
-                p
-                for p in path.rglob("*")
-                if p.name.endswith(SUFFIXES)
-                and p.is_file()
-                and not any(q.startswith(".") for q in p.relative_to(path).parts)
-            ]
-            if not files:
-                raise UserError(
-                    f"{item}: no {', '.join(SUFFIXES)} file in this folder; name the files, or another folder", 2
-                )
-        elif path.exists():
-            files = [path]
-        else:
-            names = glob.glob(item, recursive=True)  # noqa: PTH207 (Path.glob refuses absolute patterns)
-            files = [Path(name) for name in names if Path(name).is_file()]
-            if not files:
-                raise UserError(f"{item}: no such file, folder or glob match; check the path", 2)
-        for file in files:
-            found.setdefault(file.resolve(), file)
-    if not found:
-        raise UserError("no input; name JSONL files, folders or globs", 2)
-    return sorted(found.values(), key=lambda p: p.as_posix())
+
+    def __init__(self, how: Reading, last_cut: Callable[[str], int] | None = None) -> None:
+        self.how, self.last_cut = how, last_cut
+        self._stream: Stream | None = None
+        self._boundary: int | None = None  # where the range ended that left the stream at the first line behind it
+        self._keys: dict[Path, str] = {}
+        self.ended, self.damage = False, ""  # of the range read last
+        self.disk = 0  # bytes on disk consumed by the range read last, so far
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = self._boundary = None
+
+    def read(self, file: File, start: int, stop: int | None) -> Iterator[Batch]:
+        """Batches of the records that begin in [start, stop): bytes of the unpacked file, or row groups of Parquet.
+
+        Afterwards `ended` says whether nothing begins at or after `stop`; `damage` what kept it from being read.
+        Raises UserError for a file that the disk does not give.
+        """
+        self.ended, self.damage, self.disk = False, "", 0
+        try:
+            if file.form not in (JSONL, TEXT):
+                yield from self._parquet(file, start, stop)
+                return
+            stream = self._open(file.path, start)
+            before = stream.disk if start else 0
+            read = self._whole_text if file.form == TEXT and self.how.text_documents == "file" else self._lines
+            for batch in read(file, stream, start, stop):
+                self.disk = stream.disk - before
+                yield batch
+            if self.ended:
+                self.close()
+        except OSError as error:
+            self.close()
+            raise UserError(
+                f"{file.path}: cannot be read: {error.strerror or error}; check the file and its disk"
+            ) from error
+
+    def _open(self, path: Path, start: int) -> Stream:
+        """The stream left by an earlier range of this file that ended at or before `start`, or a new one."""
+        stream, boundary = self._stream, self._boundary
+        if stream is None or stream.path != path or boundary is None or boundary > start:
+            self.close()
+            stream = self._stream = Stream(path)
+        self._boundary = None
+        return stream
+
+    def _key(self, file: File) -> str:
+        if file.path not in self._keys:
+            self._keys[file.path] = key_of(file, self.how.key)
+        return self._keys[file.path]
+
+    def _lines(self, file: File, stream: Stream, start: int, stop: int | None) -> Iterator[Batch]:
+        lines = LineRange(stream, start, stop, BLOCK_BYTES, self.how.max_line_bytes)
+        parse = parser(self._key(file), self.how) if file.form == JSONL else self._text_lines()
+        number = 1
+        for offset, block in lines:
+            if isinstance(block, Overlong):
+                fault = Fault(number, offset, "line too long", f"{block.size:,} bytes")
+                batch = Batch([], Tally(lines=1, bad=Counter([fault.cause])), block.size, [fault])
+            else:
+                batch = parse(block, number, offset)
+            number += batch.tally.lines
+            yield batch
+        self.ended, self.damage, self._boundary = lines.ended, lines.damage, stop
+        if lines.cut_bytes:
+            fault = Fault(number, -1, "line cut off", f"{lines.cut_bytes:,} bytes before {lines.damage}")
+            yield Batch([], Tally(lines=1, bad=Counter([fault.cause])), lines.cut_bytes, [fault])
+
+    def _text_lines(self) -> Callable[[memoryview, int, int], Batch]:
+        from data_prep.textfile import line_parser
+
+        return line_parser(self.how)
+
+    def _whole_text(self, file: File, stream: Stream, start: int, stop: int | None) -> Iterator[Batch]:
+        """A text file as one document; in pieces that can be encoded apart when it is large."""
+        from data_prep.textfile import WholeText
+
+        document = WholeText(stream, self.how, self.last_cut)
+        yield from document
+        self.ended, self.damage = True, document.damage
+
+    def _parquet(self, file: File, start: int, stop: int | None) -> Iterator[Batch]:
+        from data_prep.parquet import RowGroups
+
+        groups = RowGroups(file, self._key(file), start, stop, self.how.filters)
+        for batch in groups:
+            self.disk = groups.disk
+            yield batch
+        self.ended, self.damage = groups.ended, groups.damage
 
 
-def _blocks(file: BufferedReader) -> Iterator[bytes]:
-    """The file's bytes, decompressed by content (not by name), in blocks of at most a few MiB.
+def finish(texts: list[str], tally: Tally, text_bytes: int, faults: list[Fault]) -> Batch:
+    """A batch whose tally counts its texts and what was mended."""
+    tally.documents, tally.repaired = len(texts), sum(fault.kept for fault in faults)
+    return Batch(texts, tally, text_bytes, faults)
 
-    Raises EOFError or OSError on truncated or damaged compressed data.
+
+def reject(batch_tally: Tally, faults: list[Fault], fault: Fault, line: bytes = b"") -> None:
+    """Count one bad line and keep its place and first bytes."""
+    fault.excerpt = line[:LOGGED_BYTES].decode("utf-8", "backslashreplace")
+    faults.append(fault)
+    batch_tally.bad[fault.cause] += 1
+
+
+@cache
+def _decoder(key: str) -> msgspec.json.Decoder[Any]:
+    """A decoder of records that keeps the text alone; everything else is skipped, not built."""
+    record = msgspec.defstruct("Record", [("text", str, msgspec.field(name=key))], gc=False)
+    return msgspec.json.Decoder(record)
+
+
+def parser(key: str, how: Reading) -> Callable[[memoryview, int, int], Batch]:
+    """A function from (block of whole lines, number of its first line, its offset) to a batch."""
+    decoder, filters, max_line = _decoder(key), how.filters, how.max_line_bytes
+
+    def parse(block: memoryview, number: int, offset: int) -> Batch:
+        lines = _objects(block) if filters is None and len(block) <= max_line else 0
+        if lines:
+            try:
+                records = decoder.decode_lines(block)
+            except (ValueError, RecursionError):
+                records = []
+            # { at the begin and } at the end of each line: as many records as lines can only be one on each
+            if len(records) == lines:
+                texts = [record.text for record in records]
+                if all(texts):
+                    return finish(texts, Tally(lines=lines), len(block), [])
+        return _slowly(bytes(block), number, offset, key, decoder, filters, max_line)
+
+    return parse
+
+
+def _objects(block: memoryview) -> int:
+    """The number of lines, if each begins with { and ends with } and nothing is around them; else 0.
+
+    Then no record can span two lines: inside a value a } is never followed by white space and a {.
     """
-    magic = file.peek(4)[:4]
-    if magic[:2] == b"\x1f\x8b":
-        with gzip.open(file) as unpacked:
-            while block := unpacked.read(1 << 20):
-                yield block
-    elif magic == b"\x28\xb5\x2f\xfd" or (magic[1:] == b"\x2a\x4d\x18" and 0x50 <= magic[0] <= 0x5F):
-        import zstandard
-
-        # Not stream_reader: it ends a truncated frame in silence. Small reads bound what one call may unpack.
-        frame = None
-        while block := file.read(1 << 14):
-            while block:
-                if frame is None:
-                    frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-                try:
-                    unpacked_block = frame.decompress(block)
-                except zstandard.ZstdError as error:
-                    raise OSError(str(error)) from error
-                block = frame.unused_data if frame.eof else b""
-                if frame.eof:
-                    frame = None
-                if unpacked_block:
-                    yield unpacked_block
-        if frame is not None:
-            raise EOFError("the compressed data ends in the middle of a frame")
-    else:
-        while block := file.read(1 << 20):
-            yield block
+    data = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero(data == 10)
+    if not len(ends) or ends[-1] != len(data) - 1:
+        ends = np.append(ends, len(data))
+    if data[0] != 123 or ends[0] == 0 or (data[ends - 1] != 125).any() or (data[ends[:-1] + 1] != 123).any():
+        return 0
+    return len(ends)
 
 
-def read_chunks(path: Path, chunk_bytes: int = CHUNK_BYTES, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Chunk]:
-    """Cut a file into blocks of whole lines of about `chunk_bytes` (more if one line is longer).
-
-    A line over `max_line_bytes` is passed over in bounded memory and reported by a chunk's `overlong`.
-    Raises UserError for a file that cannot be opened or whose compressed data is damaged.
-    """
-    line, rest, skipped = 1, bytearray(), 0
-    searched = 0  # bytes of rest known to hold no newline, so that a long line is not searched again and again
-    try:
-        with path.open("rb") as file:
-            for block in _blocks(file):
-                if skipped:  # inside an overlong line
-                    end = block.find(b"\n")
-                    skipped += len(block) if end < 0 else end
-                    if end < 0:
-                        continue
-                    yield Chunk(path, line, b"", file.tell(), overlong=(line, skipped))
-                    line, skipped, block = line + 1, 0, block[end + 1 :]
-                rest += block
-                if len(rest) < chunk_bytes:
-                    continue
-                end = rest.rfind(b"\n", searched) + 1
-                searched = 0 if end else len(rest)
-                if end:
-                    data = bytes(rest[:end])
-                    del rest[:end]
-                    yield Chunk(path, line, data, file.tell())
-                    line += data.count(b"\n")
-                elif len(rest) > max_line_bytes:
-                    skipped, searched, rest = len(rest), 0, bytearray()
-            if skipped:
-                yield Chunk(path, line, b"", file.tell(), overlong=(line, skipped))
-            elif rest:
-                yield Chunk(path, line, bytes(rest), file.tell())
-    except (EOFError, OSError, zlib.error) as error:
-        cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(
-            f"{path}: cannot be read after line {line - 1:,}: {cause}; check the file or fetch it again"
-        ) from error
-
-
-def _record(line: bytes) -> object:
-    """One line's JSON value. Raises UnicodeDecodeError, ValueError or RecursionError."""
-    return json.loads(line.decode("utf-8"))
-
-
-def parse_lines(chunk: Chunk) -> tuple[list[Document], Tally]:
-    """Documents of a chunk in order, and the account of its lines. Never raises for what a line holds."""
+def _slowly(
+    block: bytes,
+    number: int,
+    offset: int,
+    key: str,
+    decoder: msgspec.json.Decoder[Any],
+    filters: Filter | None,
+    max_line: int,
+) -> Batch:
+    """A block line by line."""
     tally = Tally()
-    documents: list[Document] = []
-    if chunk.overlong:
-        tally.lines = 1
-        tally.reject(f"{chunk.path}:{chunk.overlong[0]}", "line too long", f"{chunk.overlong[1]:,} bytes")
-        return documents, tally
-    data = chunk.data.removeprefix(b"\xef\xbb\xbf") if chunk.first_line == 1 else chunk.data
-    lines = data.split(b"\n")
+    texts: list[str] = []
+    faults: list[Fault] = []
+    lines = block.split(b"\n")
     if not lines[-1]:
         lines.pop()
-    tally.lines = len(lines)
-    for number, line in enumerate(lines, chunk.first_line):
-        if not line or line.isspace():
+    for line_number, line in enumerate(lines, number):
+        tally.lines += 1
+        found: str | Fault | None
+        if len(line) > max_line:
+            found = Fault(line_number, offset, "line too long", f"{len(line):,} bytes")
+        elif not line or line.isspace():
             tally.blank += 1
-            continue
-        location = f"{chunk.path}:{number}"
-        try:
-            record = _record(line)
-        except UnicodeDecodeError as error:
-            tally.reject(location, "broken UTF-8", f"byte 0x{line[error.start]:02x} at column {error.start + 1}")
-            continue
-        except json.JSONDecodeError as error:
-            tally.reject(location, "broken JSON", f"{error.msg} at column {error.colno}")
-            continue
-        except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nesting without end
-            tally.reject(location, "broken JSON", str(error).split(";")[0])
-            continue
-        if not isinstance(record, dict):
-            tally.reject(location, "not a JSON object", f"a {type(record).__name__}")
-        elif chunk.key not in record:
-            tally.reject(
-                location, f"no key {chunk.key!r}", "has " + (", ".join(map(repr, list(record)[:6])) or "no key")
-            )
-        elif not isinstance(text := record[chunk.key], str):
-            tally.reject(location, "text is not a string", type(text).__name__)
-        elif not text:
-            tally.reject(location, "empty text")
+            found = None
         else:
-            if not text.isascii() and _SURROGATE.search(text):
-                text = _SURROGATE.sub("\ufffd", text)
-                tally.repaired += 1
-            documents.append(Document(text, location))
-    tally.documents = len(documents)
-    return documents, tally
+            found = _one_line(line, line_number, offset, key, decoder, faults)
+        if isinstance(found, Fault):
+            reject(tally, faults, found, line)
+        elif found is not None:
+            reason = None
+            if filters is not None:
+                reason = filters.reject(found, _loose(line) if filters.needs_record else None)
+            if reason:
+                tally.filtered[reason] += 1
+            else:
+                texts.append(found)
+        offset += len(line) + 1
+    return finish(texts, tally, len(block), faults)
 
 
-def _peek(path: Path) -> Iterator[dict[str, object]]:
-    """The records among a file's first lines that parse."""
-    chunk = next(read_chunks(path, chunk_bytes=1 << 16), None)
-    for line in chunk.data.removeprefix(b"\xef\xbb\xbf").split(b"\n")[:PEEKED_LINES] if chunk else ():
-        try:
-            record = _record(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            yield record
+def _loose(line: bytes) -> Any:
+    """A record's JSON value, as forgiving as Python's json."""
+    try:
+        return msgspec.json.decode(line.removeprefix(BOM))
+    except (ValueError, RecursionError):
+        return json.loads(line.decode("utf-8", "replace").removeprefix("\ufeff"))
 
 
-def find_keys(paths: Sequence[Path], key: str | None = None) -> Callable[[Path], str]:
-    """A function from file to the key its text is under: `key` if given, else `text` or `content`, found file by file.
-
-    Raises UserError, naming the keys that are there, when none of the first records of the first files has it:
-    better now than after hours of counting bad lines.
-    """
-    wanted = (key,) if key else KEYS
-    seen: Counter[str] = Counter()
-    arrays: list[Path] = []
-    for path in paths[:PEEKED_FILES]:
-        records = list(_peek(path))
-        if any(name in record for record in records for name in wanted):
-            break
-        for record in records:
-            seen.update(record.keys())
-        if not records and (chunk := next(read_chunks(path, 1 << 16), None)) and chunk.data.lstrip()[:1] == b"[":
-            arrays.append(path)
+def _one_line(
+    line: bytes, number: int, offset: int, key: str, decoder: msgspec.json.Decoder[Any], mended: list[Fault]
+) -> str | Fault:
+    """The text of one line, or why there is none. What was mended is appended to `mended`."""
+    try:
+        text: object = decoder.decode(line).text
+    except (ValueError, RecursionError):
+        pass
     else:
-        if seen:
-            names = " or ".join(map(repr, wanted))
-            there = ", ".join(repr(name) for name, _ in seen.most_common(8))
-            raise UserError(
-                f"{paths[0]}: no key {names} in the first records; keys there: {there}; name one with --key", 2
-            )
+        return text if isinstance(text, str) and text else Fault(number, offset, "empty text")
 
-        if arrays:
-            raise UserError(
-                f"{arrays[0]}: looks like one JSON array, not one record a line; rewrite it: jq -c '.[]' FILE > FILE.jsonl",
-                2,
-            )
+    def fault(cause: str, detail: str) -> Fault:
+        return Fault(number, offset, cause, detail)
 
-    def of(path: Path) -> str:
-        if key:
-            return key
-        strings = Counter(name for record in _peek(path) for name in KEYS if isinstance(record.get(name), str))
-        return max(KEYS, key=lambda name: strings[name])  # the earlier of KEYS on a tie
-
-    return of
-
-
-def chunks_of(paths: Sequence[Path], key: str | None = None, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Chunk]:
-    """Chunks of all files in order, each with the key of its file."""
-    key_of = find_keys(paths, key)
-    for path in paths:
-        name = key_of(path)
-        for chunk in read_chunks(path, chunk_bytes):
-            chunk.key = name
-            yield chunk
+    # Python's json takes what msgspec refuses and Megatron's script takes: NaN, half characters; and it says more.
+    bare = line.removeprefix(BOM) if offset == 0 else line
+    try:
+        record = json.loads(bare.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return fault("broken UTF-8", f"byte 0x{bare[error.start]:02x} at column {error.start + 1}")
+    except json.JSONDecodeError as error:
+        return fault("broken JSON", f"{error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; nesting without end
+        return fault("broken JSON", str(error).split(";")[0])
+    if not isinstance(record, dict):
+        return fault("not a JSON object", f"a {type(record).__name__}")
+    if key not in record:
+        return fault(f"no key {key!r}", "has " + (", ".join(map(repr, list(record)[:6])) or "no key"))
+    if not isinstance(text := record[key], str):
+        return fault("text is not a string", type(text).__name__)
+    if not text:
+        return fault("empty text", "")
+    note = "byte order mark" if bare is not line else "not strict JSON (NaN or the like)"
+    if not text.isascii() and _SURROGATE.search(text):
+        text, note = _SURROGATE.sub("\ufffd", text), "half characters, now U+FFFD"
+    mended.append(Fault(number, offset, note, kept=True))
+    return text
 
 
 def read_documents(
     inputs: Iterable[str | Path], key: str | None = None, max_bad: float = 0.01, tally: Tally | None = None
 ) -> Iterator[tuple[str, str]]:
-    """(text, "file:line") of every good line, in one process. Pass a `tally` to see the account of the others.
+    """(text, file) of every document, in one process. Pass a `tally` to see the account of all lines.
 
     Raises UserError at the end when more than the share `max_bad` of the lines was bad, or for unreadable files.
     """
     total = tally if tally is not None else Tally()
-    for chunk in chunks_of(expand_inputs(inputs), key):
-        documents, counted = parse_lines(chunk)
-        total.add(counted)
-        for document in documents:
-            yield document.text, document.location
-    total.check(max_bad)
+    files = [describe(path) for path in expand_inputs(inputs)]
+    check_keys(files, key)
+    reader = Reader(Reading(key))
+    shown: list[str] = []
+    for file in files:
+        before = total.lines
+        for batch in reader.read(file, 0, None):
+            total.add(batch.tally)
+            room = SHOWN - len(shown)
+            shown += [f"{file.path}:{fault.line}: {fault.cause}" for fault in batch.faults if not fault.kept][:room]
+            for text in batch.texts:
+                yield text, str(file.path)
+        if reader.damage:
+            raise UserError(f"{file.path}: {reader.damage} after line {total.lines - before:,}; fetch the file again")
+    reader.close()
+    total.check(max_bad, shown)

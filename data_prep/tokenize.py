@@ -1,9 +1,10 @@
-"""From JSON Lines to a token file: several processes encode, one reads and writes, in the order of the input.
+"""From text to a token file: a plan of parts, workers that make them, and a merge.
 
-    reader (this process) ──chunks of whole lines──▶ workers: parse, encode ──ids──▶ writer (this process)
+    inputs ──plan──▶ parts, made by any number of processes on any number of nodes ──merge──▶ PREFIX.bin, PREFIX.idx
 
-Each document is encoded by itself and results are taken in the order of their chunks, so the bytes written do not
-depend on the number of workers. The output appears under its name only when all of it is on the disk.
+The plan does not depend on who works; each document is encoded by itself; parts are merged in the plan's order. So the
+bytes written depend on the input and the settings alone. Work may be killed at any moment: a rerun skips what is done
+(see data_prep/parts.py), and does again what has changed since.
 """
 
 from __future__ import annotations
@@ -11,127 +12,66 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import multiprocessing
 import os
-import signal
-import sys
-import threading
+import random
+import re
+import shutil
+import socket
 import time
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from multiprocessing import connection
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import psutil
 
-from data_prep import readers, tokenizers
+from data_prep import engines, tokenizers
 from data_prep.errors import UserError
-from data_prep.indexed import IndexedWriter, token_dtype
+from data_prep.indexed import token_dtype
+from data_prep.inputs import PARQUET, TEXT, File, check_keys, describe, expand_inputs
+from data_prep.merge import merge_parts
+from data_prep.parts import LIST, disk_error, part_is_whole, remove_part, write_json
+from data_prep.parts_file import read_meta
+from data_prep.plan import PART_NAME, Unit, make_plan, part_size, settings_digest
+from data_prep.pool import cells, run_here, run_workers
+from data_prep.progress import Progress
+from data_prep.readers import SHOWN, Reader, Reading, Tally
+from data_prep.work import Counters, Job, PartMismatchError, done_parts
 
-PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
+__all__ = ["Options", "default_workers", "herd_version", "read_meta", "tokenize"]
 
-
-@dataclass
-class Encoded:
-    """What became of one chunk: ids of all its documents end to end, and the length of each."""
-
-    tokens: NDArray[Any]
-    lengths: NDArray[np.int64]
-    text_bytes: int
-    tally: readers.Tally
-
-
-class Encoder:
-    """A tokenizer and how it is used; calling it turns a chunk of lines into ids."""
-
-    def __init__(self, tokenizer: tokenizers.Tokenizer, append_eod: bool) -> None:
-        self.tokenizer, self.dtype = tokenizer, token_dtype(tokenizer.vocab_size)
-        self.tail = [tokenizer.eod] if append_eod and tokenizer.eod is not None else []
-
-    def __call__(self, chunk: readers.Chunk) -> Encoded:
-        documents, tally = readers.parse_lines(chunk)
-        try:
-            encoded = self.tokenizer.encode_batch([document.text for document in documents])
-        except Exception:
-            for document in documents:  # which one was it?
-                try:
-                    self.tokenizer.encode(document.text)
-                except Exception as cause:
-                    raise UserError(f"{document.location}: the tokenizer failed: {cause}; repair this text") from cause
-            raise
-        flat: list[int] = []
-        for ids in encoded:
-            flat += ids
-            flat += self.tail
-        lengths = np.array([len(ids) + len(self.tail) for ids in encoded], dtype=np.int64)
-        return Encoded(np.array(flat, dtype=self.dtype), lengths, len(chunk.data), tally)
+SAMPLE_BYTES, SAMPLE_FILES = 2_000_000, 16  # of the input, for the choice of the engine
+ENGINE = "engine.json"
+FORMAT = 1  # of what parts hold; a change makes all anew
 
 
-_encoder: Encoder | None = None  # of a worker process
+@dataclass(frozen=True)
+class Options:
+    """What is asked of `tokenize` beside input, tokenizer and output.
 
-
-def _start_worker(path: str, append_eod: bool) -> None:
-    """Make a worker ready: the parent alone answers Ctrl-C, and a worker ends when its parent is gone."""
-    global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        if parent is not None:
-            connection.wait([parent.sentinel])
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    _encoder = Encoder(tokenizers.load_tokenizer(path), append_eod)
-
-
-def _work(chunk: readers.Chunk) -> Encoded:
-    assert _encoder is not None
-    return _encoder(chunk)
-
-
-def encode_chunks(
-    chunks: Iterator[readers.Chunk], tokenizer: tokenizers.Tokenizer, append_eod: bool, workers: int
-) -> Generator[tuple[readers.Chunk, Encoded]]:
-    """Each chunk with its ids, in the order of the chunks; at most two chunks a worker are in memory.
-
-    Raises UserError when a worker process dies.
+    key: where a record's text is (None: text or content, found file by file). append_eod, prepend_bos: the tokenizer's
+    end-of-document and begin-of-text ids around each document. parse_special: control tokens spelled in the text become
+    control ids. text_documents: what a document is in a text file, file or line. engine: auto, official, or a fast
+    one's name. workers: processes (None: all cores). max_bad: share of bad lines above which nothing is written.
+    allow_damaged: take what can be read of damaged packed files. part_bytes: size of a part (None: from the input's).
+    task: (index, count) of a node among several that work together; then nothing is merged. merge: write PREFIX.bin and
+    .idx; else leave the folder of parts. keep_parts: leave it although it was merged.
     """
-    if workers <= 1:
-        encoder = Encoder(tokenizer, append_eod)
-        for chunk in chunks:
-            yield chunk, encoder(chunk)
-        return
-    pool = ProcessPoolExecutor(
-        workers,
-        # spawn: a fork would copy this process's locks (rich's and PyTorch's threads hold some) and hang now and then
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(str(tokenizer.path), append_eod),
-    )
-    waiting: deque[tuple[readers.Chunk, Future[Encoded]]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(_work, chunk)))
-            if len(waiting) >= 2 * workers:
-                first, result = waiting.popleft()
-                yield first, result.result()
-        while waiting:
-            first, result = waiting.popleft()
-            yield first, result.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a worker process died, most likely for want of memory; try again with fewer than --workers {workers}"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+
+    reading: Reading = field(default_factory=Reading)
+    append_eod: bool = True
+    prepend_bos: bool = False
+    parse_special: bool = False
+    engine: str = "auto"
+    workers: int | None = None
+    max_bad: float = 0.01
+    allow_damaged: bool = False
+    part_bytes: int | None = None
+    task: tuple[int, int] = (0, 1)
+    merge: bool = True
+    keep_parts: bool = False
+    overwrite: bool = False
+    progress: bool = False
 
 
 def default_workers() -> int:
@@ -147,147 +87,330 @@ def herd_version() -> str:
         return "unknown"
 
 
-def write_meta(path: Path, meta: dict[str, Any]) -> None:
-    """Write a JSON file aside, flush it to the disk, rename. Raises UserError when the disk refuses."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            json.dump(meta, file, ensure_ascii=False, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; free space there, or write elsewhere") from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def read_meta(prefix: str | Path) -> dict[str, Any] | None:
-    """What PREFIX.meta.json holds; None for token files that others wrote. Raises UserError when it is damaged."""
-    path = Path(f"{prefix}.meta.json")
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}; remove it to do without it") from error
-    return meta if isinstance(meta, dict) else None
-
-
-class Progress:
-    """A bar on a terminal, a line every ten seconds elsewhere, nothing when not `shown`; all on stderr."""
-
-    def __init__(self, total_bytes: int, shown: bool) -> None:
-        self.total, self.shown, self.start = max(1, total_bytes), shown, time.monotonic()
-        self._next = self.start + PLAIN_SECONDS
-        self._bar: Any = None
-
-    def __enter__(self) -> Progress:
-        if self.shown and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
-
-            columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self._bar = Bar(*columns, console=Console(stderr=True))
-            self._bar.start()
-            self._task = self._bar.add_task("starting", total=self.total)
-        return self
-
-    def update(self, position: int, text_bytes: int, documents: int, tokens: int) -> None:
-        """Say how far we are: `position` in bytes of the input on disk, `text_bytes` after decompression."""
-        now = time.monotonic()
-        seconds = max(1e-9, now - self.start)
-        speed = f"{text_bytes / 1e6 / seconds:.1f} MB/s, {documents:,} documents, {tokens:,} tokens"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=min(position, self.total), description=speed)
-        elif self.shown and now >= self._next:
-            self._next = now + PLAIN_SECONDS
-            left = seconds * (self.total - position) / max(1, position)
-            print(f"{position / self.total:.1%}, {speed}, {left:.0f} s left", file=sys.stderr, flush=True)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
 def tokenize(
-    inputs: Sequence[str | Path],
-    tokenizer: str | Path,
-    output_prefix: str | Path,
-    key: str | None = None,
-    append_eod: bool = True,
-    workers: int | None = None,
-    max_bad: float = 0.01,
-    overwrite: bool = False,
-    progress: bool = False,
+    inputs: Sequence[str | Path], tokenizer: str | Path, output_prefix: str | Path, options: Options = Options()
 ) -> dict[str, Any]:
-    """Write PREFIX.bin, PREFIX.idx and PREFIX.meta.json from JSON Lines; return what meta.json holds.
+    """Write PREFIX.bin, PREFIX.idx and PREFIX.meta.json (or, see Options, PREFIX.parts); return what meta.json holds.
 
-    inputs: files, folders, globs. tokenizer: its file or folder. key: where the text is (None: text or content, found
-    by itself). append_eod: put the tokenizer's end-of-document id after each document. workers: processes (None: all
-    cores). max_bad: share of bad lines (0 to 1) above which nothing is written. progress: report on stderr.
-    Raises UserError; whatever happens, no half-written file is left under the output's name.
+    inputs: files, folders, globs. tokenizer: its file or folder. Raises UserError; whatever happens, nothing
+    half-written is left under the output's name, and finished parts stay for the next call.
     """
     prefix = str(output_prefix)
     if prefix.endswith(("/", os.sep)) or not Path(prefix).name:
         raise UserError(f"{prefix}: is a folder; name the files too, as in {prefix.rstrip('/')}/corpus", 2)
     targets = [Path(f"{prefix}{ending}") for ending in (".bin", ".idx", ".meta.json")]
     existing = [path for path in targets if path.exists()]
-    if existing and not overwrite:
+    if existing and not options.overwrite and options.merge:
         raise UserError(f"{existing[0]} exists; choose another --output, or --overwrite", 2)
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers}: at least 1", 2)
-    paths = readers.expand_inputs(inputs)
+    if options.workers is not None and options.workers < 1:
+        raise UserError(f"--workers {options.workers}: at least 1", 2)
+    files = [describe(path) for path in expand_inputs(inputs)]
     loaded = tokenizers.load_tokenizer(tokenizer)
-    if append_eod and loaded.eod is None:
+    for wanted, role, option in ((options.append_eod, "eod", "--no-eod"), (options.prepend_bos, "bos", "--no-bos")):
+        if wanted and getattr(loaded, role) is None:
+            name = {"eod": "end-of-document", "bos": "begin-of-text"}[role]
+            raise UserError(
+                f"{loaded.path}: names no {name} token; put its tokenizer_config.json beside it, or use {option}", 2
+            )
+    check_keys(files, options.reading.key)
+    folder = Path(f"{prefix}.parts")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part_bytes = _part_bytes(folder, files, options.part_bytes)
+        settings = _settings(loaded, options)
+        units = make_plan(files, settings_digest(settings), part_bytes, options.reading.text_documents == "file")
+        _sweep(folder)
+        with Progress(options.progress) as progress:
+            _make_parts(folder, units, files, loaded, options, progress)
+        meta = _finish(folder, units, files, loaded, options)
+        if options.merge:
+            try:
+                meta = merge_parts(folder, prefix, workers=_workers(options), overwrite=options.overwrite)
+            except UserError:
+                if not _remove_damaged(folder, units):
+                    raise
+                return tokenize(inputs, tokenizer, output_prefix, options)
+            if not options.keep_parts:
+                shutil.rmtree(folder)
+    except OSError as error:
+        raise disk_error(error.filename or folder, error) from error
+    return meta
+
+
+def _workers(options: Options) -> int:
+    return default_workers() if options.workers is None else options.workers
+
+
+def _settings(loaded: tokenizers.Tokenizer, options: Options) -> dict[str, Any]:
+    """All that decides a document's ids and whether it is kept."""
+    reading = asdict(options.reading)
+    return {
+        "format": FORMAT,
+        "tokenizer": tokenizers.sha256(loaded.path),
+        "ids": [loaded.vocab_size, loaded.bos, loaded.eod],
+        "reading": reading,
+        "eod": options.append_eod,
+        "bos": options.prepend_bos,
+        "special": options.parse_special,
+    }
+
+
+def _part_bytes(folder: Path, files: Sequence[File], wanted: int | None) -> int:
+    """The size of parts: as asked for, as this folder's parts have it, or from the input's size."""
+    path = folder / "plan.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        held = int(json.loads(path.read_text())["part_bytes"])
+        if wanted in (None, held):
+            return held
+    size = wanted or part_size(files)
+    write_json(path, {"part_bytes": size})
+    return size
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes of this machine that are gone left aside."""
+    for path in folder.glob(".*"):
+        found = re.search(rf"\.{re.escape(socket.gethostname())}\.(\d+)(\.|$)", path.name)
+        if found and not psutil.pid_exists(int(found[1])):
+            path.unlink(missing_ok=True)
+
+
+def _sample(files: Sequence[File], reading: Reading) -> list[str]:
+    """Texts from all over the input: the engine is chosen on them."""
+    chosen = [files[i * len(files) // min(len(files), SAMPLE_FILES)] for i in range(min(len(files), SAMPLE_FILES))]
+    generator, texts, reader = random.Random(0), [], Reader(reading)
+    for file in chosen:
+        room = SAMPLE_BYTES // len(chosen)
+        plain = file.form not in (PARQUET, TEXT) and not file.path.name.endswith((".gz", ".zst"))
+        start = int(generator.random() * max(0, file.size - room)) if plain else 0
+        for batch in reader.read(file, start, None):
+            texts += [text for text in batch.texts if len(text) <= room]
+            room -= batch.text_bytes
+            if room <= 0:
+                break
+        reader.close()
+    return texts
+
+
+def _choose_engine(
+    folder: Path, files: Sequence[File], loaded: tokenizers.Tokenizer, options: Options, progress: Progress
+) -> str:
+    """The engine to work with: as chosen before in this folder, or chosen now; engines that proved wrong never again."""
+    held = _held_engine(folder)
+    asked = {"wanted": options.engine, "tokenizer": tokenizers.sha256(loaded.path), "special": options.parse_special}
+    if held.get("asked") == asked and held.get("name"):
+        return str(held["name"])
+    refused = held.get("wrong", {})
+    choice = engines.choose(
+        loaded, _sample(files, options.reading), folder, options.engine, refused, special=options.parse_special
+    )
+    speeds = ", ".join(f"{name} {speed:.0f} MB/s" for name, speed in choice.speeds.items())
+    progress.say(f"engine: {choice.name}, the same ids as the official tokenizer on a sample ({speeds} a core)")
+    for name, why in choice.refused.items():
+        progress.say(f"not {name}: {why}")
+    write_json(folder / ENGINE, {"name": choice.name, "asked": asked, "speeds": choice.speeds, "wrong": refused})
+    return choice.name
+
+
+def _held_engine(folder: Path) -> dict[str, Any]:
+    try:
+        held = json.loads((folder / ENGINE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return held if isinstance(held, dict) else {}
+
+
+def _make_parts(
+    folder: Path,
+    units: Sequence[Unit],
+    files: Sequence[File],
+    loaded: tokenizers.Tokenizer,
+    options: Options,
+    progress: Progress,
+) -> None:
+    """Work until every part is there. An engine that proves wrong is given up, with all that it made."""
+    total = max(1, sum(unit.size for unit in units))
+    while True:
+        left, _ = _state(folder, units)
+        if not left:
+            return
+        engine = _choose_engine(folder, files, loaded, options, progress)
+        job = Job(
+            folder, units, loaded.path, engine, options.reading,
+            options.append_eod, options.prepend_bos, options.parse_special,
+        )  # fmt: skip
+        node, nodes = options.task
+        workers = max(1, min(_workers(options), sum(16 if unit.open_ended else 1 for unit in left)))
+        firsts = [(node * workers + i) * len(units) // (nodes * workers) for i in range(workers)]
+        counters = [Counters(cells() if workers > 1 else None) for _ in range(workers)]
+        shown = _Shown(folder, units, total, counters, progress)
+        try:
+            if workers == 1:
+                run_here(job, firsts[0], loaded, counters[0], shown.look)
+            else:
+                run_workers(job, firsts, counters, shown.look)
+            return
+        except PartMismatchError as error:
+            progress.say(
+                f"engine {engine} gave other ids than the official tokenizer: {error}; its parts are made anew"
+            )
+            _give_up(folder, engine, str(error))
+            if options.engine == engine:
+                raise UserError(
+                    f"engine {engine} gave other ids than the official tokenizer: {error}; use --engine auto"
+                ) from None
+
+
+def _state(folder: Path, units: Sequence[Unit]) -> tuple[list[Unit], int]:
+    """Units that are not done, and the bytes on disk of the parts that are."""
+    left, done = [], 0
+    for unit in units:
+        for part, sidecar in done_parts(folder, unit):
+            if sidecar is None:
+                left.append(unit)
+            else:
+                done += part.size or sidecar["disk_bytes"]
+    return left, done
+
+
+def _remove_damaged(folder: Path, units: Sequence[Unit]) -> int:
+    """Remove parts that are no more what was written, as a failing disk or a stray copy leaves them; how many."""
+    removed = 0
+    for unit in units:
+        for part, sidecar in list(done_parts(folder, unit)):
+            if sidecar is not None and not part_is_whole(folder, sidecar):
+                remove_part(folder, part.name)
+                removed += 1
+    return removed
+
+
+def _give_up(folder: Path, engine: str, why: str) -> None:
+    held = _held_engine(folder)
+    write_json(folder / ENGINE, {"wrong": {**held.get("wrong", {}), engine: why}})
+    for path in folder.glob("*.json"):
+        if not PART_NAME.search(path.name.removesuffix(".json")):
+            continue
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            if json.loads(path.read_text()).get("engine") == engine:
+                remove_part(folder, path.name.removesuffix(".json"))
+
+
+class _Shown:
+    """Adds up what the workers of this process show, and now and then what others have finished."""
+
+    def __init__(
+        self, folder: Path, units: Sequence[Unit], total: int, counters: Sequence[Counters], progress: Progress
+    ) -> None:
+        self.folder, self.units, self.total = folder, units, total
+        self.counters, self.progress = counters, progress
+        self._next, self._finished = 0.0, 0
+
+    def look(self) -> None:
+        if not self.progress.shown:
+            return
+        now = time.monotonic()
+        if now >= self._next:  # a look at every sidecar: rarely, when there are many
+            _, self._finished = _state(self.folder, self.units)
+            self._next = now + max(0.5, 20 * (time.monotonic() - now))
+        sums = [sum(each.cells[i] for each in self.counters) for i in range(len(Counters.FIELDS))]
+        self.progress.update(min(1.0, (self._finished + sums[0]) / self.total), sums[1], sums[2], sums[3])
+
+
+def _finish(
+    folder: Path, units: Sequence[Unit], files: Sequence[File], loaded: tokenizers.Tokenizer, options: Options
+) -> dict[str, Any]:
+    """Add up all parts, write the log of bad lines and parts.json; what becomes meta.json.
+
+    Raises UserError when too much was bad, when a file is damaged, when nothing is there.
+    """
+    tally, parts, damaged, kept = Tally(), [], {}, set()
+    text_bytes = checked = 0
+    lines: dict[str, int] = {}  # of each file, in the parts before
+    log_path = Path(f"{str(folder).removesuffix('.parts')}.rejected.jsonl")
+    shown: list[str] = []
+    used: set[str] = set()
+    aside = log_path.with_name(f".{log_path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    logged = 0
+    with aside.open("w", encoding="utf-8") as log:
+        for unit in units:
+            for part, sidecar in done_parts(folder, unit):
+                if sidecar is None:
+                    raise UserError(
+                        f"{folder}: part {part.name} is missing; run the same command again, which makes it"
+                    )
+                kept.add(part.name)
+                tally.add(Tally.of_json(sidecar["tally"]))
+                text_bytes, checked = text_bytes + sidecar["text_bytes"], checked + sidecar["checked_documents"]
+                used.add(sidecar["engine"])
+                names = ("documents", "sequences", "tokens", "bin_xxh3", "idx_xxh3")
+                parts.append({"name": part.name, **{name: sidecar[name] for name in names}})
+                before = {i: lines.get(span["file"], 0) for i, span in enumerate(sidecar["spans"])}
+                for fault in _log_of(folder, part.name):
+                    fault["line"] += before[fault.pop("span")]
+                    log.write(json.dumps(fault, ensure_ascii=False) + "\n")
+                    logged += 1
+                    if not fault["kept"] and len(shown) < SHOWN:
+                        detail = f" ({fault['detail']})" if fault["detail"] else ""
+                        shown.append(f"{fault['file']}:{fault['line']}: {fault['cause']}{detail}")
+                for span in sidecar["spans"]:
+                    lines[span["file"]] = lines.get(span["file"], 0) + span["lines"]
+                    if span["damage"]:
+                        damaged[span["file"]] = f"{span['damage']} after line {lines[span['file']]:,}"
+        log.flush()
+        os.fsync(log.fileno())
+    if logged:
+        aside.replace(log_path)
+    else:
+        aside.unlink()
+        log_path.unlink(missing_ok=True)
+    tally.check(options.max_bad, [*shown, f"all in {log_path}"])
+    if damaged and not options.allow_damaged:
+        told = "; ".join(f"{path}: {why}" for path, why in list(damaged.items())[:SHOWN])
         raise UserError(
-            f"{loaded.path}: names no end-of-document token; put its tokenizer_config.json beside it, or use --no-eod",
-            2,
+            f"{len(damaged)} file(s) cannot be read to the end: {told}. All else is done and kept: fetch them again and "
+            f"run the same command, or take what could be read with --allow-damaged"
         )
-    workers = default_workers() if workers is None else workers
-    sizes = {path: path.stat().st_size for path in paths}
-    tally, documents, text_bytes = readers.Tally(), 0, 0
-    behind = dict(zip(paths, np.cumsum([0, *sizes.values()]).tolist(), strict=False))  # bytes of the files before each
-    with (
-        IndexedWriter(prefix, token_dtype(loaded.vocab_size)) as writer,
-        Progress(sum(sizes.values()), progress) as report,
-        contextlib.closing(encode_chunks(readers.chunks_of(paths, key), loaded, append_eod, workers)) as results,
-    ):
-        for chunk, encoded in results:
-            writer.add_documents(encoded.tokens, encoded.lengths)
-            tally.add(encoded.tally)
-            documents += len(encoded.lengths)
-            text_bytes += encoded.text_bytes
-            report.update(behind[chunk.path] + chunk.position, text_bytes, documents, writer.tokens)
-        tally.check(max_bad)
-        if not documents:
-            raise UserError(f"{paths[0]}: no document in {len(paths)} file(s), {tally.lines:,} lines; check the input")
-        targets[2].unlink(missing_ok=True)  # so that an old account never stands beside new tokens
+    if not tally.documents:
+        shutil.rmtree(folder)
+        raise UserError(f"{files[0].path}: no document in {len(files)} file(s), {tally.lines:,} lines; check the input")
+    for path in folder.glob("*.json"):  # of an earlier input or setting
+        if PART_NAME.search(name := path.name.removesuffix(".json")) and name not in kept:
+            remove_part(folder, name)
+    dtype = token_dtype(loaded.vocab_size).newbyteorder("<")
     meta = {
         "herd_version": herd_version(),
         "tokenizer": str(loaded.path.resolve()),
         "tokenizer_sha256": tokenizers.sha256(loaded.path),
         "tokenizer_kind": loaded.kind,
+        "engine": sorted(used),
+        "checked_documents": checked,
         "vocab_size": loaded.vocab_size,
         "bos": loaded.bos,
         "eod": loaded.eod,
-        "append_eod": append_eod,
-        "dtype": str(writer.dtype),
-        "documents": documents,
-        "tokens": writer.tokens,
+        "append_eod": options.append_eod,
+        "prepend_bos": options.prepend_bos,
+        "parse_special": options.parse_special,
+        "dtype": str(dtype),
+        "documents": tally.documents,
+        "tokens": sum(part["tokens"] for part in parts),
         "text_bytes": text_bytes,
         "lines": tally.lines,
         "blank_lines": tally.blank,
         "repaired_documents": tally.repaired,
         "bad_lines": tally.bad_lines,
         "bad_causes": dict(sorted(tally.bad.items())),
-        "bad_examples": tally.examples,
-        "key": key,
-        "inputs": [{"path": str(path), "bytes": sizes[path]} for path in paths],
+        "bad_examples": shown,
+        "filtered": dict(sorted(tally.filtered.items())),
+        "damaged": damaged,
+        "key": options.reading.key,
+        "inputs": [{"path": str(file.path), "bytes": file.size} for file in files],
     }
-    write_meta(targets[2], meta)
+    write_json(folder / LIST, {"herd_parts": 1, "dtype": dtype.str, "parts": parts, "meta": meta})
     return meta
+
+
+def _log_of(folder: Path, name: str) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in (folder / f"{name}.log.jsonl").read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return []

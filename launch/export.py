@@ -31,22 +31,26 @@ def _tokenizer(recipe: Recipe, given: str | None) -> tuple[Path | None, bool]:
     """Where the run's tokenizer is, and whether it should put BOS before each text.
 
     Named on the command line, in the recipe, beside the weights that the run started from, or by its token files. Token
-    files hold no BOS, so a model that was trained on them alone must not be given one.
+    files hold no BOS unless herd prep tokenize was asked for it, so a model that was trained on them alone must not be
+    given one.
     """
-    from data_prep.tokenize import read_meta
+    from data_prep.parts_file import read_meta
+    from llama.data.blend_file import prefixes
 
     start = recipe.train.init_from
+    first = prefixes(recipe.data.train[0])[0] if recipe.data.train else None
+    meta = (read_meta(first) if first is not None else None) or {}
     named = given or recipe.data.tokenizer
     if named is None and start is not None and any(Path(start).glob("tokenizer.*")):
         named = start
-    if named is None and recipe.data.train:
-        named = (read_meta(recipe.data.train[0].path) or {}).get("tokenizer")
+    if named is None and meta:
+        named = meta.get("tokenizer")
         if named is not None and not Path(named).exists():
             click.echo(
                 f"herd: the tokenizer {named} of the token files is gone; exporting without, or give --tokenizer"
             )
             named = None
-    return (None if named is None else Path(named)), start is not None
+    return (None if named is None else Path(named)), start is not None or bool(meta.get("prepend_bos"))
 
 
 @click.command(short_help="Checkpoint to a Hugging Face directory.")

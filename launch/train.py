@@ -89,14 +89,13 @@ def found_device() -> Device:
 
 def check_inputs(recipe: Recipe) -> None:
     """Refuse what cannot work before any process is started: missing or damaged token files, an unwritable folder."""
-    from data_prep.indexed import IndexedDataset
+    from llama.data.blend_file import open_sources
 
     if not recipe.data.train:
         raise UserError(
             f"recipe {recipe.name}: data.train names no token files; give a prefix made by herd prep tokenize", 2
         )
-    for source in (*recipe.data.train, *recipe.data.validation):
-        IndexedDataset(source.path)
+    open_sources((*recipe.data.train, *recipe.data.validation))
     if recipe.train.init_from:
         from llama import hf
 

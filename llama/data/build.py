@@ -7,13 +7,11 @@ The same recipe gives the order that Megatron-LM gives with --data-path (one fil
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.indexed import IndexedDataset
+from data_prep.parts_file import read_meta
 from llama.config import Recipe
 from llama.data.batches import Batches, SampleSource
 from llama.data.blend import Blend, source_sizes
@@ -85,26 +83,12 @@ def _build_samples(
     return parts[0] if len(parts) == 1 else Blend(parts, weights, count)
 
 
-def read_meta(prefix: str) -> dict[str, Any]:
-    """PREFIX.meta.json, what herd prep noted about a token file (tokenizer, vocab_size, eod); {} when there is none."""
-    path = Path(f"{prefix}.meta.json")
-    if not path.is_file():
-        return {}
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}; remove it, or run herd prep tokenize again") from error
-    if not isinstance(meta, dict):
-        raise UserError(f"{path} is not a JSON object; remove it, or run herd prep tokenize again")
-    return meta
-
-
 def _checked_eod(recipe: Recipe, prefixes: Sequence[str]) -> int | None:
     """The id that ends a document, from the recipe or else from the files' notes; refuses notes that do not fit."""
     data, vocab_size = recipe.data, recipe.model.vocab_size
     noted: dict[int, str] = {}
     for prefix in prefixes:
-        meta = read_meta(prefix)
+        meta = read_meta(prefix) or {}
         size, eod = meta.get("vocab_size"), meta.get("eod")
         if isinstance(size, int) and size > vocab_size:
             raise UserError(

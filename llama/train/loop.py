@@ -93,7 +93,7 @@ def train(recipe: Recipe, stop: StopRequest | None = None, graphs: Graphs | None
         state = resumed or TrainState()
         journal.event("resume" if resumed else "fresh", step=state.step)
         recipe = settle_order(recipe, state)
-        data, validation = build_data(recipe, mesh.data_rank, layout.data)
+        data, validation = build_data(recipe, mesh.data_rank, layout.data, say)
         check_same_data(recipe, state, data)
         metrics = Metrics(recipe, device, layout.world, journal, state.step)
         metrics.say(describe(recipe, device, model, state if resumed else None))

@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import click
 import pytest
 
 from launch import cli
@@ -43,9 +44,10 @@ def test_every_herd_command_is_a_verb_and_its_options_are_known(page: str) -> No
         assert words[1] in cli.VERBS, f"{page}: herd has no verb {words[1]}"
         command = cli.herd.get_command(None, words[1])  # type: ignore[arg-type]
         rest = words[2:]
-        if rest and hasattr(command, "commands"):
-            assert rest[0] in command.commands, f"{page}: herd {words[1]} has no {rest[0]}"
-            command, rest = command.commands[rest[0]], rest[1:]
+        if rest and isinstance(command, click.Group):
+            context = click.Context(command)
+            assert rest[0] in command.list_commands(context), f"{page}: herd {words[1]} has no {rest[0]}"
+            command, rest = command.get_command(context, rest[0]), rest[1:]
         assert command is not None
         known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         unknown = [word for word in rest if word.startswith("--") and word.split("=")[0] not in known]

@@ -1,125 +1,120 @@
-"""JSON Lines in: every packing reads the same, every bad line is counted and placed, damage is one clear line."""
+"""Records in: every container reads the same, every bad line is counted and placed, a verdict never depends on luck."""
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+import random
 from pathlib import Path
+from typing import Any
 
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
 from data_prep import readers
 from data_prep.errors import UserError
-from data_prep.readers import Tally, expand_inputs, read_chunks, read_documents
+from data_prep.inputs import describe, expand_inputs
+from data_prep.readers import Fault, Reader, Reading, Tally, read_documents
 
 
-def jsonl(records: list[object]) -> bytes:
+def jsonl(records: list[Any]) -> bytes:
     return b"".join(json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records)
 
 
-def texts(path: Path, **options: object) -> list[str]:
-    return [text for text, _ in read_documents([path], **options)]  # type: ignore[arg-type]
+def texts(path: Path, **options: Any) -> list[str]:
+    return [text for text, _ in read_documents([path], **options)]
 
 
-PACKINGS: dict[str, Callable[[bytes], bytes]] = {
-    "plain": lambda data: data,
-    "gzip": gzip.compress,
-    "gzip_of_two_members": lambda data: gzip.compress(data[:1000]) + gzip.compress(data[1000:]),
-    "zstd": lambda data: zstandard.compress(data),
-    "zstd_of_two_frames": lambda data: zstandard.compress(data[:1000]) + zstandard.compress(data[1000:]),
-    "zstd_with_a_skippable_frame": lambda data: b"\x50\x2a\x4d\x18\x04\0\0\0abcd" + zstandard.compress(data),
-}
+def read(path: Path, how: Reading | None = None) -> tuple[list[str], Tally, list[Fault]]:
+    """All of a file in one range; faults with line numbers of the file."""
+    got, tally, faults = [], Tally(), []
+    reader = Reader(how or Reading())
+    for batch in reader.read(describe(path), 0, None):
+        got += batch.texts
+        tally.add(batch.tally)
+        faults += batch.faults
+    reader.close()
+    return got, tally, faults
 
 
-@pytest.mark.parametrize("packing", PACKINGS)
-def test_packings_are_told_from_the_content_and_read_alike(tmp_path: Path, packing: str) -> None:
-    wanted = [f"document {i} with ünïcode 日本\nand lines" for i in range(20_000)]  # more than one chunk
-    path = tmp_path / "misnamed.jsonl"
-    path.write_bytes(PACKINGS[packing](jsonl([{"text": text} for text in wanted])))
-    got = list(read_documents([path]))
-    assert [text for text, _ in got] == wanted
-    assert [where for _, where in got] == [f"{path}:{i + 1}" for i in range(20_000)]
+WANTED = [f"document {i} with ünïcode 日本\nand lines" for i in range(20_000)]  # more than one block
 
 
-@pytest.mark.parametrize("packing", [name for name in PACKINGS if name != "plain"])
-def test_cut_off_compressed_files_are_an_error_with_the_place(tmp_path: Path, packing: str) -> None:
-    data = PACKINGS[packing](jsonl([{"text": f"{i} {i * 7919 % 10007}"} for i in range(5000)]))
-    path = tmp_path / "cut.jsonl"
-    path.write_bytes(data[:-20])
-    with pytest.raises(UserError, match=r"cut\.jsonl: cannot be read after line .* fetch it again"):
-        texts(path)
+@pytest.mark.parametrize("packing", ["plain", "gzip", "zstd", "parquet", "parquet_large_string", "parquet_groups"])
+def test_containers_read_alike(tmp_path: Path, packing: str) -> None:
+    path = tmp_path / ("a.parquet" if packing.startswith("parquet") else "a.jsonl")
+    if packing.startswith("parquet"):
+        kind = arrow.large_string() if packing.endswith("large_string") else arrow.string()
+        table = arrow.table({"id": range(len(WANTED)), "text": arrow.array(WANTED, kind)})
+        parquet.write_table(table, path, row_group_size=999 if packing.endswith("groups") else 1 << 20)
+    else:
+        pack = {"plain": bytes, "gzip": gzip.compress, "zstd": zstandard.compress}[packing]
+        path.write_bytes(pack(jsonl([{"text": text} for text in WANTED])))
+    assert texts(path) == WANTED
 
 
-def test_zstd_followed_by_rubbish_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "x.zst"
-    path.write_bytes(zstandard.compress(b'{"text": "a"}\n') + b"rubbish")
-    with pytest.raises(UserError, match="cannot be read"):
-        texts(path)
+LINES = [
+    (b'{"text": "good"}', "good"),
+    (b'  {"id": 1, "text": "with \\u00fcmlaut \\ud83e\\udd99"} \r', "with ümlaut 🦙"),
+    (b'{"text": "half \\ud83d a character", "score": NaN}', "half \ufffd a character"),
+    (b'{"text": "fine", "score": NaN}', "fine"),
+    (b'{"text": "a"}{"text": "b"}', "broken JSON"),
+    (b'{"text":', "broken JSON"),
+    (b'"a"}', "broken JSON"),
+    (b'{"text": "broken \xff"}', "broken UTF-8"),
+    (b'{"text": "cut off', "broken JSON"),
+    (b'["a list"]', "not a JSON object"),
+    (b"17", "not a JSON object"),
+    (b'{"body": "x", "id": 1}', "no key 'text'"),
+    (b'{"text": 5}', "text is not a string"),
+    (b'{"text": null}', "text is not a string"),
+    (b'{"text": ""}', "empty text"),
+    (b"   ", None),
+    (b"", None),
+    (b"[" * 100_000, "broken JSON"),
+    (b'{"n": ' + b"9" * 5000 + b', "text": "long number"}', "long number"),
+    (b'{"text": "' + b"x" * 300_000 + b'"}', "line too long"),
+]
+CAUSES = {"broken JSON", "broken UTF-8", "not a JSON object", "no key 'text'", "text is not a string", "empty text"}
+CAUSES |= {"line too long"}
 
 
-def test_lines_do_not_depend_on_the_chunk_size(tmp_path: Path) -> None:
+def test_a_lines_verdict_does_not_depend_on_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fast path, slow path, block borders, ranges: every line gets the text or the cause that it gets alone."""
+    how, draw, path = Reading(max_line_bytes=200_000), random.Random(0), tmp_path / "a.jsonl"
+    verdicts = []
+    for line, wanted in LINES:
+        path.write_bytes(line + b"\n")
+        got, tally, faults = read(path, how)
+        bad = [fault.cause for fault in faults if not fault.kept]
+        assert (got or bad or [None])[0] == wanted, line[:60]
+        assert tally.lines == 1 and len(got) + len(bad) + tally.blank == 1
+        verdicts.append(wanted)
+    for _ in range(60):
+        picked = draw.choices(range(len(LINES)), weights=[12] + [1] * (len(LINES) - 1), k=draw.choice([1, 7, 40]))
+        data = b"\n".join(LINES[i][0] for i in picked) + draw.choice([b"", b"\n"])
+        path.write_bytes(data)
+        monkeypatch.setattr(readers, "BLOCK_BYTES", draw.choice([1, 60, 1000, 1 << 19]))
+        got, tally, faults = read(path, how)
+        assert got == [verdicts[i] for i in picked if verdicts[i] not in CAUSES | {None}]
+        bad = [(fault.line, fault.cause) for fault in faults if not fault.kept]
+        assert bad == [(n, verdicts[i]) for n, i in enumerate(picked, 1) if verdicts[i] in CAUSES]
+        lines = data.count(b"\n") + (not data.endswith(b"\n") and bool(data))
+        assert tally.lines == lines == tally.documents + tally.blank + tally.bad_lines
+
+
+def test_faults_tell_place_cause_and_the_lines_begin(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\n\nabc\n" + b"x" * 5000 + b"\n\nlast without newline")
-    whole = path.read_bytes()
-    for size in (1, 3, 100, 4999, 10**6):
-        chunks = list(read_chunks(path, chunk_bytes=size))
-        assert b"".join(chunk.data for chunk in chunks) == whole
-        numbered = [(c.first_line + i, line) for c in chunks for i, line in enumerate(c.data.splitlines())]
-        assert numbered == list(enumerate(whole.splitlines(), 1))
-
-
-def test_a_line_without_end_is_counted_not_loaded(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    long = b'{"text": "' + b"x" * (3 << 20) + b'"}'
-    path.write_bytes(b'{"text": "a"}\n' + long + b'\n{"text": "b"}\n' + long)
-    chunks = list(read_chunks(path, chunk_bytes=1 << 16, max_line_bytes=1 << 20))
-    assert [c.overlong for c in chunks if c.overlong] == [(2, len(long)), (4, len(long))]
-    assert [c.first_line for c in chunks] == [1, 2, 3, 4]
-    documents, tally = readers.parse_lines(chunks[1])
-    assert not documents and tally.bad == {"line too long": 1} and tally.examples[0].startswith(f"{path}:2: ")
-
-
-def test_every_bad_line_is_counted_with_cause_and_place(tmp_path: Path) -> None:
-    good = b'{"text": "good"}'
-    lines = [
-        b"\xef\xbb\xbf" + good,  # a byte-order mark is no fault
-        b'{"text": "broken \xff"}',
-        b'{"text": "cut off',
-        b'["a list"]',
-        b'{"body": "x", "id": 1}',
-        b'{"text": 5}',
-        b'{"text": null}',
-        b'{"text": ""}',
-        b"   ",
-        b"",
-        b"[" * 100_000,
-        b'{"n": ' + b"9" * 5000 + b', "text": "x"}',
-        b'{"text": "half \\ud83d a character", "score": NaN}',
-        b'{"text": "whole \\ud83e\\udd99"}\r',
-        *[good] * 20,
-    ]
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\n".join(lines))
-    tally = Tally()
-    got = list(read_documents([path], max_bad=0.5, tally=tally))
-    assert got[0] == ("good", f"{path}:1")
-    assert got[1] == ("half \ufffd a character", f"{path}:13") and got[2] == ("whole 🦙", f"{path}:14")
-    assert len(got) == tally.documents == 23
-    assert tally.bad == {
-        "broken UTF-8": 1,
-        "broken JSON": 3,
-        "not a JSON object": 1,
-        "no key 'text'": 1,
-        "text is not a string": 2,
-        "empty text": 1,
-    }
-    assert (tally.lines, tally.blank, tally.repaired) == (len(lines), 2, 1)
-    assert tally.documents + tally.blank + tally.bad_lines == tally.lines
-    assert tally.examples[0] == f"{path}:2: broken UTF-8 (byte 0xff at column 18)"
-    assert tally.examples[3] == f"{path}:5: no key 'text' (has 'body', 'id')"
-    assert len(tally.examples) == readers.SHOWN
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b \xff"}\n{"txt": 1}\n')
+    got, tally, faults = read(path)
+    assert got == ["a"] and tally.repaired == 1 and tally.documents == 1
+    mark, broken, missing = faults
+    assert (mark.cause, mark.kept) == ("byte order mark", True)
+    assert (broken.line, broken.offset, broken.detail) == (2, 17, "byte 0xff at column 13")
+    assert broken.excerpt == '{"text": "b \\xff"}' and not broken.kept
+    assert (missing.line, missing.cause, missing.detail) == (3, "no key 'text'", "has 'txt'")
 
 
 def test_above_the_threshold_the_error_names_causes_places_and_remedy(tmp_path: Path) -> None:
@@ -136,8 +131,9 @@ def test_above_the_threshold_the_error_names_causes_places_and_remedy(tmp_path: 
 def test_the_key_is_found_in_each_file(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl([{"id": 1, "content": "from content", "text": 7}]))
     (tmp_path / "b.jsonl").write_bytes(jsonl([{"content": "no", "text": "from text"}]))
-    assert [text for text, _ in read_documents([tmp_path])] == ["from content", "from text"]
-    assert [text for text, _ in read_documents([tmp_path / "b.jsonl"], key="content")] == ["no"]
+    parquet.write_table(arrow.table({"text": [1], "content": ["from a column"]}), tmp_path / "c.parquet")
+    assert [text for text, _ in read_documents([tmp_path])] == ["from content", "from text", "from a column"]
+    assert texts(tmp_path / "b.jsonl", key="content") == ["no"]
 
 
 @pytest.mark.parametrize("key", [None, "missing"])
@@ -146,6 +142,9 @@ def test_a_key_that_is_nowhere_is_refused_at_once_naming_those_that_are(tmp_path
     path.write_bytes(jsonl([{"prompt": "a", "answer": "b"}]))
     with pytest.raises(UserError, match=r"'prompt', 'answer'.*--key"):
         texts(path, key=key)
+    parquet.write_table(arrow.table({"prompt": ["a"], "n": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: no text column .* columns there: 'prompt'; name one with --key"):
+        texts(tmp_path / "a.parquet", key=key)
 
 
 def test_a_json_array_is_refused_with_the_way_to_rewrite_it(tmp_path: Path) -> None:
@@ -157,21 +156,67 @@ def test_a_json_array_is_refused_with_the_way_to_rewrite_it(tmp_path: Path) -> N
 
 
 def test_inputs_are_sorted_unique_and_found_in_folders_and_globs(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl.zst", "deep/c.json.gz", "notes.txt", ".hidden/d.jsonl", "e.json"):
+    names = ["a.jsonl.zst", "b.jsonl", "deep/c.json.gz", "e.json", "f.parquet", "notes.txt"]
+    others = [".hidden/d.jsonl", "x.csv", "out.parts/part-0000.json", "out.meta.json", "out.rejected.jsonl"]
+    for name in names + others:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    names = ["a.jsonl.zst", "b.jsonl", "deep/c.json.gz", "e.json"]
     assert expand_inputs([tmp_path]) == [tmp_path / name for name in names]
     assert expand_inputs([tmp_path / "e.json", tmp_path / "b.jsonl", tmp_path]) == [tmp_path / name for name in names]
     assert expand_inputs([f"{tmp_path}/*.json*"]) == [tmp_path / name for name in ("a.jsonl.zst", "b.jsonl", "e.json")]
-    for nothing in (tmp_path / "gone.jsonl", f"{tmp_path}/*.csv", tmp_path / ".hidden" / "none"):
+    assert expand_inputs([tmp_path / "out.rejected.jsonl"]) == [tmp_path / "out.rejected.jsonl"]  # named by hand
+    for nothing in (tmp_path / "gone.jsonl", f"{tmp_path}/*.tsv", tmp_path / ".hidden" / "none"):
         with pytest.raises(UserError, match="no such file, folder or glob match"):
             expand_inputs([nothing])
     with pytest.raises(UserError, match="no input"):
         expand_inputs([])
 
 
+def test_damaged_files_say_where_they_break_off(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(jsonl([{"text": str(i * 7919)} for i in range(5000)]))[:-5000])
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: the gzip data ends in the middle after line [\d,]+; fetch"):
+        texts(path, max_bad=1)
+    (tmp_path / "b.parquet").write_bytes(b"PAR1 not")
+    with pytest.raises(UserError, match=r"b\.parquet: not a readable Parquet file"):
+        texts(tmp_path / "b.parquet")
+
+
 def test_an_empty_file_gives_nothing(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"")
     (tmp_path / "b.jsonl").write_bytes(jsonl([{"text": "x"}]))
     assert [text for text, _ in read_documents([tmp_path])] == ["x"]
+
+
+def test_text_files_are_a_document_each_or_one_a_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\n")
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress("dréi".encode()))
+    (tmp_path / "c.txt").write_bytes(b" \n")
+    (tmp_path / "d.txt").write_bytes(b"bad \xff")
+    documents = {path.name: read(path) for path in sorted(tmp_path.iterdir())}
+    assert documents["a.txt"][0] == ["one\r\n\r\ntwo\n"] and documents["b.txt.gz"][0] == ["dréi"]
+    assert [documents[name][2][0].cause for name in ("c.txt", "d.txt")] == ["empty text", "broken UTF-8"]
+    got, tally, _ = read(tmp_path / "a.txt", Reading(text_documents="line"))
+    assert got == ["one", "two"] and (tally.lines, tally.blank) == (3, 1)
+
+
+def test_a_large_text_file_comes_in_pieces_cut_where_it_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_prep.textfile.BLOCK_BYTES", 100)
+    text, path = "süße Wörter\n" * 500, tmp_path / "a.txt"
+    path.write_text(text, encoding="utf-8")
+    reader = Reader(Reading(max_line_bytes=1000), lambda text: text.rfind("\n") + 1)
+    batches = list(reader.read(describe(path), 0, None))
+    assert "".join(piece for batch in batches for piece in batch.texts) == text and len(batches) > 20
+    assert [batch.goes_on for batch in batches] == [False] + [True] * (len(batches) - 1)
+    assert [batch.more for batch in batches] == [True] * (len(batches) - 1) + [False]
+    assert sum(batch.tally.documents for batch in batches) == 1
+    for data, last_cut, cause in (
+        (text.encode(), None, "text file too large"),
+        (b"x" * 5000, lambda text: 0, "text file too large"),
+        (text.encode() + b"\xff", lambda text: text.rfind("\n") + 1, "broken UTF-8"),
+    ):
+        path.write_bytes(data)
+        batches = list(Reader(Reading(max_line_bytes=1000), last_cut).read(describe(path), 0, None))
+        assert batches[-1].faults[0].cause == cause and batches[-1].dropped == (len(batches) > 1)
+        assert sum(batch.tally.documents for batch in batches) == 0
+        assert sum(batch.tally.lines for batch in batches) == 1 == sum(batch.tally.bad_lines for batch in batches)

@@ -152,5 +152,5 @@ def test_files_of_two_tokenizers_are_told(token_file: Callable[..., str]) -> Non
 def test_a_damaged_sidecar_is_told(token_file: Callable[..., str]) -> None:
     prefix = token_file([40] * 60)
     Path(f"{prefix}.meta.json").write_text("{")
-    with pytest.raises(UserError, match=r"text\.meta\.json cannot be read: .*; remove it, or run herd prep tokenize"):
+    with pytest.raises(UserError, match=r"text\.meta\.json: cannot be read: .*; remove it"):
         build_data(recipe(prefix), 0, 1)

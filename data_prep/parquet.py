@@ -1,0 +1,85 @@
+"""Parquet: rows of one text column, a range of row groups at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from data_prep.errors import UserError
+from data_prep.inputs import File
+from data_prep.readers import Batch, Fault, Filter, Tally, finish, reject
+
+ROWS = 256  # decoded at a time: web pages of some kilobytes make about a megabyte
+
+
+def group_sizes(file: File) -> list[int]:
+    """Bytes of each row group, unpacked. Raises UserError for a damaged file."""
+    import pyarrow as arrow
+    import pyarrow.parquet as parquet
+
+    try:
+        facts = parquet.read_metadata(file.path)
+        return [facts.row_group(i).total_byte_size for i in range(facts.num_row_groups)]
+    except (OSError, arrow.ArrowException) as error:
+        cause = str(error).splitlines()[0]
+        raise UserError(f"{file.path}: not a readable Parquet file: {cause}; fetch it again") from error
+
+
+class RowGroups:
+    """Iterates over the batches of row groups [start, stop). `damage`, afterwards: why it broke off, if it did."""
+
+    def __init__(self, file: File, key: str, start: int, stop: int | None, filters: Filter | None) -> None:
+        self.file, self.key, self.start, self.stop, self.filters = file, key, start, stop, filters
+        self.ended, self.damage, self.disk = False, "", 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+
+        try:
+            with parquet.ParquetFile(self.file.path, pre_buffer=False, buffer_size=1 << 20) as table:
+                groups = range(self.start, table.num_row_groups if self.stop is None else self.stop)
+                self.ended = groups.stop >= table.num_row_groups
+                columns = None if self.filters and self.filters.needs_record else [self.key]
+                row = sum(table.metadata.row_group(i).num_rows for i in range(self.start))
+                number = 1
+                for group in groups:
+                    size = table.metadata.row_group(group).total_byte_size
+                    rows = max(1, table.metadata.row_group(group).num_rows)
+                    for records in table.iter_batches(ROWS, row_groups=[group], columns=columns, use_threads=False):
+                        self.disk += records.num_rows * self.file.size // max(1, table.metadata.num_rows)
+                        yield self._batch(records, number, row, records.num_rows * size // rows)
+                        number, row = number + records.num_rows, row + records.num_rows
+        except (OSError, arrow.ArrowException) as error:
+            self.ended, self.damage = True, f"the Parquet data is damaged ({str(error).splitlines()[0]})"
+
+    def _batch(self, records: Any, number: int, row: int, size: int) -> Batch:
+        tally = Tally(lines=records.num_rows)
+        texts: list[str] = []
+        faults: list[Fault] = []
+        column = records.column(records.schema.get_field_index(self.key))
+        try:
+            values = column.to_pylist()
+        except UnicodeDecodeError:
+            values = [_value(cell) for cell in column]
+        others = records.to_pylist() if self.filters and self.filters.needs_record else None
+        for i, value in enumerate(values):
+            if not isinstance(value, str):
+                kind = "broken UTF-8" if isinstance(value, bytes) else "text is not a string"
+                reject(tally, faults, Fault(number + i, row + i, kind, type(value).__name__))
+            elif not value:
+                reject(tally, faults, Fault(number + i, row + i, "empty text"))
+            else:
+                reason = self.filters.reject(value, others[i] if others else None) if self.filters else None
+                if reason:
+                    tally.filtered[reason] += 1
+                else:
+                    texts.append(value)
+        return finish(texts, tally, size, faults)
+
+
+def _value(cell: Any) -> object:
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        return b""
