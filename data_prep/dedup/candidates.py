@@ -135,7 +135,7 @@ def find_exact(building: Path, plan: Plan, partition: int) -> None:
     """Later documents of equal text in a range of hashes: file exact-N of (document, first)."""
     known = catalogue(plan)
     low, document = _slices(plan, "key", "key_owner", partition, _partitions(known.documents, plan))
-    order = np.lexsort((document, low))
+    order = np.argsort(low, kind="stable")
     low, document = low[order], document[order]
     same = np.zeros(len(low), dtype=bool)
     same[1:] = low[1:] == low[:-1]
@@ -173,7 +173,7 @@ def find_buckets(building: Path, plan: Plan, partition: int) -> None:
     first = Reader(building / "documents")["first"]
     alive = first[document] == document.astype(np.uint64)
     hashes, document = hashes[alive], document[alive]
-    order = np.lexsort((document, hashes))
+    order = np.argsort(hashes, kind="stable")  # merges sorted runs, which come in the order of documents
     hashes, document = hashes[order], document[order]
     begin = (
         np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]])) if len(hashes) else np.empty(0, np.int64)

@@ -36,6 +36,7 @@ class Block:
     data: bytes
     line: int
     offset: int
+    count: int = 1
     overlong: int = 0  # bytes of a single line that was too long; data is empty then
 
 
@@ -105,7 +106,7 @@ def read_blocks(
             source = readers[packing]
             for block in _cut(source, 0 if packing else start, None if packing else end, max_line_bytes):
                 yield block
-                line = block.line + (block.data.count(b"\n") or 1)
+                line = block.line + block.count
     except UserError:
         raise
     except Exception as error:  # OSError, EOFError, and what the three decompressors call their own errors
@@ -139,24 +140,26 @@ def _cut(source: Iterator[bytes], start: int, end: int | None, max_line_bytes: i
             skipping += len(data) if found < 0 else found + 1
             if found < 0:
                 continue
-            yield Block(b"", line, offset, skipping)
+            yield Block(b"", line, offset, overlong=skipping)
             line, offset, data, skipping = line + 1, offset + skipping, data[found + 1 :], 0
         rest += data
         stop = rest.rfind(b"\n", searched) + 1
         if end is not None and stop and offset + stop > end:  # our last line is the one that holds byte end - 1
             if offset < end:
-                yield Block(bytes(rest[: rest.find(b"\n", end - offset - 1) + 1]), line, offset)
+                last = bytes(rest[: rest.find(b"\n", end - offset - 1) + 1])
+                yield Block(last, line, offset, last.count(b"\n"))
             return
         searched = 0 if stop else len(rest)
         if stop:
             whole = bytes(rest[:stop])
             del rest[:stop]
-            yield Block(whole, line, offset)
-            line, offset = line + whole.count(b"\n"), offset + stop
+            count = whole.count(b"\n")
+            yield Block(whole, line, offset, count)
+            line, offset = line + count, offset + stop
         elif len(rest) > max_line_bytes:
             skipping, searched, rest = len(rest), 0, bytearray()
     if skipping:
-        yield Block(b"", line, offset, skipping)
+        yield Block(b"", line, offset, overlong=skipping)
     elif rest and (end is None or offset < end):
         yield Block(bytes(rest), line, offset)
 

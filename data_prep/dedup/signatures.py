@@ -119,10 +119,8 @@ class _Segments:
         self._reset()
 
 
-def _text_hashes(texts: list[str], settings: Settings) -> list[bytes]:
-    if settings.exact == "text":
-        return [xxhash.xxh3_128_digest(text.encode("utf-8", "replace")) for text in texts]
-    return [xxhash.xxh3_128_digest(tokens) for tokens in shingles.token_streams(texts)]
+def _text_hashes(texts: list[bytes], settings: Settings) -> list[bytes]:
+    return [xxhash.xxh3_128_digest(t) for t in (shingles.token_streams(texts) if settings.exact == "tokens" else texts)]
 
 
 def make_signatures(plan: Plan, task: int) -> None:
@@ -138,9 +136,10 @@ def make_signatures(plan: Plan, task: int) -> None:
                 if not texts:
                     continue
                 segments.lines += numbers
-                segments.texts += _text_hashes(texts, settings)
+                data = shingles.encoded(texts)
+                segments.texts += _text_hashes(data, settings)
                 if settings.near:
-                    hashes, counts = shingles.shingle(texts, settings.ngram, settings.unit)
+                    hashes, counts = shingles.shingle(data, settings.ngram, settings.unit)
                     signature = minhash.signatures(hashes, counts, settings.bands * settings.rows)
                     some = np.flatnonzero(counts)
                     bands = minhash.band_hashes(signature[some], settings.bands, settings.rows)

@@ -60,15 +60,19 @@ class Writer:
 
     def __init__(self, file: BinaryIO):
         self._file, self._arrays = file, dict[str, list[Any]]()
-        self._at = 0
+        self._at, self._last = 0, ""
 
     def add(self, name: str, array: Array) -> None:
-        """Append an array of one dimension."""
+        """Append an array of one dimension; to the one before it, if that has the same name."""
         data = np.ascontiguousarray(array)
-        padding = -self._at % 64
-        self._file.write(bytes(padding))
-        self._at += padding
-        self._arrays[name] = [data.dtype.str, data.size, self._at]
+        if name == self._last:
+            self._arrays[name][1] += data.size
+        else:
+            padding = -self._at % 64
+            self._file.write(bytes(padding))
+            self._at += padding
+            self._arrays[name] = [data.dtype.str, data.size, self._at]
+            self._last = name
         self._file.write(data.data if data.size else b"")
         self._at += data.nbytes
 

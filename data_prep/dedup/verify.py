@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data_prep.dedup import lines
 from data_prep.dedup.candidates import catalogue, starts_of
-from data_prep.dedup.plan import Plan
+from data_prep.dedup.plan import Piece, Plan
 from data_prep.dedup.shingles import U64, jaccard, shingle_sets
-from data_prep.dedup.signatures import read_piece
 from data_prep.dedup.store import Reader, Writer, replacing, write_arrays
 
 FLAGS = 1 << 20  # bytes of the table for the quick bound
@@ -21,57 +21,73 @@ AT_ONCE = 64  # candidates bounded in one go
 
 
 def make_shingles(plan: Plan, task: int) -> None:
-    """Write the sets of shingles of the part's candidates: value{i} u64, size{i} u32 for each block of documents."""
-    members = Reader(plan.candidates / "members")
-    start = members["start"]
-    wanted = members["candidate"][start[task] : start[task + 1]].astype(np.int64) - catalogue(plan).part_first[task]
-    blocks, at, document = 0, 0, 0
+    """Write the sets of shingles of the part's candidates, end to end: value u64, start u64 (one more than sets).
+
+    Only their lines are parsed; which ones they are is known.
+    """
+    members, known = Reader(plan.candidates / "members"), catalogue(plan)
+    first, last = members["start"][task : task + 2].tolist()
+    documents = members["candidate"][first:last].astype(np.int64)
+    line_of = Reader(plan.candidates / "documents")["line"][documents].astype(np.int64)
+    before = sum(len(pieces) for pieces in plan.tasks[:task])
+    ends = np.searchsorted(documents, known.piece_first[before + 1 : before + 1 + len(plan.tasks[task])])
+    sizes: list[int] = []
     with replacing(plan.shingle_file(task)) as file:
         writer = Writer(file)
-        for index in range(len(plan.tasks[task])):
-            if at == len(wanted):
-                break
-            for _, _, texts in read_piece(plan, task, index):
-                end = int(np.searchsorted(wanted, document + len(texts)))
-                chosen = [texts[i - document] for i in wanted[at:end].tolist()]
-                document += len(texts)
-                if not chosen:
-                    continue
-                at = end
-                sets = shingle_sets(chosen, plan.settings.ngram, plan.settings.unit)
-                writer.add(f"value{blocks}", np.concatenate(sets))
-                writer.add(f"size{blocks}", np.array([len(one) for one in sets], dtype=np.uint32))
-                blocks += 1
-        writer.end({"blocks": blocks})
+        writer.add("value", np.empty(0, dtype=np.uint64))
+        begin = 0
+        for piece, end in zip(plan.tasks[task], ends.tolist(), strict=True):
+            wanted, begin = line_of[begin:end], end
+            for texts in _texts(plan, piece, wanted):
+                sets = shingle_sets(texts, plan.settings.ngram, plan.settings.unit)
+                writer.add("value", np.concatenate(sets))
+                sizes += map(len, sets)
+        writer.add("start", starts_of(sizes))
+        writer.end()
+
+
+def _texts(plan: Plan, piece: Piece, wanted: NDArray[np.int64]) -> Iterator[list[str]]:
+    """The texts of these lines of a piece, a block's at a time."""
+    if not len(wanted):
+        return
+    path = plan.files[piece.file].path
+    key = lines.find_key(path, plan.settings.key)
+    for block in lines.read_blocks(path, piece.start, piece.end):
+        a, b = np.searchsorted(wanted, [block.line, block.line + block.count]).tolist()
+        if a < b:
+            found = lines.split(block.data)
+            yield [lines.read_text(found[i], key) for i in (wanted[a:b] - block.line).tolist()]
+        if b == len(wanted):
+            return
 
 
 class Shingles:
-    """The candidates' sets of shingles, mapped from the files of all parts."""
+    """The sets of shingles of some candidates (their places, ascending), mapped from the files of the parts."""
 
-    def __init__(self, plan: Plan):
-        self.plan = plan
-        self.start = Reader(plan.candidates / "members")["start"].astype(np.int64)
-        self._parts: dict[int, Any] = {}
+    def __init__(self, plan: Plan, places: NDArray[np.int64]):
+        first = Reader(plan.candidates / "members")["start"].astype(np.int64)
+        part_of = np.searchsorted(first, places, side="right") - 1
+        begin, end = np.empty_like(places), np.empty_like(places)
+        self._values: list[U64] = []
+        self._part = np.empty_like(places)
+        for number, part in enumerate(np.unique(part_of).tolist()):
+            reader = _shingle_file(plan, part)
+            own = np.flatnonzero(part_of == part)
+            local = places[own] - first[part]
+            start = reader["start"]
+            begin[own], end[own], self._part[own] = start[local], start[local + 1], number
+            self._values.append(reader["value"])
+        self.sizes: list[int] = (end - begin).tolist()
+        self._where = list(zip(self._part.tolist(), begin.tolist(), end.tolist(), strict=True))
 
-    def __getitem__(self, candidate: int) -> U64:
-        part = int(np.searchsorted(self.start, candidate, side="right")) - 1
-        if part not in self._parts:
-            reader = Reader(self.plan.shingle_file(part))
-            blocks = range(reader.meta["blocks"])
-            sizes = [reader[f"size{i}"] for i in blocks]
-            ends = [starts_of(size) for size in sizes]
-            self._parts[part] = starts_of([len(size) for size in sizes]), ends, [reader[f"value{i}"] for i in blocks]
-        first, ends, values = self._parts[part]
-        local = candidate - int(self.start[part])
-        block = int(first.searchsorted(local, side="right")) - 1
-        local -= int(first[block])
-        found: U64 = values[block][ends[block][local] : ends[block][local + 1]]
-        return found
+    def __getitem__(self, index: int) -> U64:
+        part, begin, end = self._where[index]
+        return self._values[part][begin:end]
 
 
-@lru_cache(maxsize=1)
-def _shingles(plan: Plan) -> Shingles:
-    return Shingles(plan)
+@lru_cache(maxsize=4096)
+def _shingle_file(plan: Plan, part: int) -> Reader:
+    return Reader(plan.shingle_file(part))
 
 
 class Judge:
@@ -82,16 +98,22 @@ class Judge:
         self._flags = np.zeros(FLAGS, dtype=np.uint8)
         self.compared = 0
 
-    def __call__(self, own: U64, others: list[int]) -> tuple[int, float] | None:
-        """The first of `others` (ascending) whose similarity is at least the threshold, with it."""
-        if len(others) <= FEW:
-            return self._first(own, others)
-        bits = (own & np.uint64(FLAGS - 1)).astype(np.int64)
+    def __call__(self, index: int, others: set[int]) -> tuple[int, float] | None:
+        """The first of `others` whose similarity with the one at `index` is at least the threshold, with it."""
+        sizes = self.shingles.sizes
+        size = sizes[index]
+        low, high = size * self.threshold * (1 - 1e-12), size / self.threshold * (1 + 1e-12)
+        fit = sorted(other for other in others if low <= sizes[other] <= high)  # it is at most smaller over larger
+        if not fit:
+            return None
+        own = self.shingles[index]
+        if len(fit) <= FEW:
+            return self._first(own, fit)
+        bits = own.view(np.int64) & (FLAGS - 1)
         self._flags[bits] = 1
         try:
-            for at in range(0, len(others), AT_ONCE):
-                few = others[at : at + AT_ONCE]
-                if found := self._first(own, self._possible(own, few)):
+            for at in range(0, len(fit), AT_ONCE):
+                if found := self._first(own, self._possible(own, fit[at : at + AT_ONCE])):
                     return found
         finally:
             self._flags[bits] = 0
@@ -99,21 +121,17 @@ class Judge:
 
     def _first(self, own: U64, others: list[int]) -> tuple[int, float] | None:
         for other in others:
-            theirs = self.shingles[other]
-            if min(len(own), len(theirs)) < self.threshold * max(len(own), len(theirs)):
-                continue  # similarity is at most the smaller over the larger
             self.compared += 1
-            value = jaccard(own, theirs)
+            value = jaccard(own, self.shingles[other])
             if value >= self.threshold:
                 return other, value
         return None
 
     def _possible(self, own: U64, others: list[int]) -> list[int]:
         """Those that may be similar: shared low 20 bits are at least as many as shared shingles, never fewer."""
-        sets = [self.shingles[other] for other in others]
-        size = np.array([len(one) for one in sets])
-        flat = np.concatenate(sets)
-        hits = self._flags[(flat & np.uint64(FLAGS - 1)).astype(np.int64)]
+        size = np.array([self.shingles.sizes[other] for other in others])
+        flat = np.concatenate([self.shingles[other] for other in others])
+        hits = self._flags[flat.view(np.int64) & (FLAGS - 1)]
         shared = np.minimum(np.add.reduceat(hits, starts_of(size)[:-1], dtype=np.int64), len(own))
         keep = shared >= self.threshold * (len(own) + size - shared) * (1 - 1e-12)
         return [other for other, may in zip(others, keep.tolist(), strict=True) if may]
@@ -122,35 +140,33 @@ class Judge:
 def verify(plan: Plan, task: int) -> None:
     """Go through the task's documents in order: removed (candidate's place), kept, jaccard, where it is similar."""
     settings = plan.settings
-    document, bucket = _memberships(plan, task)
-    order = np.lexsort((bucket, document))
-    document, bucket = document[order], bucket[order]
-    begin = np.flatnonzero(np.concatenate([[True], document[1:] != document[:-1]]))
-    end = np.append(begin[1:], len(document))
-    shingles = _shingles(plan)
-    judge = Judge(shingles, settings.threshold)
+    place, bucket = _memberships(plan, task)
+    order = np.lexsort((bucket, place))
+    place, bucket = place[order], bucket[order]
+    begin = np.flatnonzero(np.concatenate([[True], place[1:] != place[:-1]]))
+    places = place[begin]
+    judge = Judge(Shingles(plan, places), settings.threshold)
     stays: list[list[int]] = [[] for _ in range(int(bucket.max()) + 1)]
     removed: list[tuple[int, int, float]] = []
     limited = 0
-    for candidate, a, b in zip(document[begin].tolist(), begin.tolist(), end.tolist(), strict=True):
+    for index, (a, b) in enumerate(zip(begin.tolist(), [*begin[1:].tolist(), len(place)], strict=True)):
         mine = bucket[a:b].tolist()
         others = set[int]().union(*(stays[number] for number in mine))
-        found = judge(shingles[candidate], sorted(others)) if others else None
-        if found:
-            removed.append((candidate, *found))
+        if others and (found := judge(index, others)):
+            removed.append((index, *found))
             continue
         full = False
         for number in mine:
             if len(stays[number]) < settings.max_bucket:
-                stays[number].append(candidate)
+                stays[number].append(index)
             else:
                 full = True
         limited += full
     write_arrays(
         plan.verify_file(task),
         {"compared": judge.compared, "limited": limited},
-        removed=np.array([one for one, _, _ in removed], dtype=np.int64),
-        kept=np.array([one for _, one, _ in removed], dtype=np.int64),
+        removed=places[np.array([one for one, _, _ in removed], dtype=np.int64)],
+        kept=places[np.array([one for _, one, _ in removed], dtype=np.int64)],
         jaccard=np.array([value for _, _, value in removed], dtype=np.float64),
     )
 

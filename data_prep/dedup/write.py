@@ -63,15 +63,15 @@ def _packed(file: BinaryIO, packing: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def _staying(data: bytes, keep: NDArray[np.bool_]) -> list[memoryview]:
-    """The lines of a block for which `keep` is true, neighbours in one piece."""
+def _staying(data: bytes, keep: NDArray[np.bool_]) -> bytes:
+    """The lines of a block for which `keep` is true."""
     ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == 10) + 1
     if len(ends) < len(keep):
         ends = np.append(ends, len(data))  # the last line has no end
     edges = np.flatnonzero(np.diff(np.concatenate([[False], keep, [False]]).astype(np.int8)))
     begins = np.concatenate([[0], ends])
     view = memoryview(data)
-    return [view[a:b] for a, b in begins[edges].reshape(-1, 2).tolist()]
+    return b"".join([view[a:b] for a, b in begins[edges].reshape(-1, 2).tolist()])
 
 
 def write_file(plan: Plan, number: int) -> None:
@@ -90,13 +90,12 @@ def write_file(plan: Plan, number: int) -> None:
     with replacing(plan.target(file)) as out, _packed(out, file.packing) as packed:
         for block in lines.read_blocks(file.path):
             bytes_in += block.overlong or len(block.data)
-            count = block.data.count(b"\n") + (block.data[-1:] not in (b"", b"\n"))
-            a, b = np.searchsorted(staying, [block.line, block.line + count]).tolist()
-            keep = np.zeros(count, dtype=bool)
+            a, b = np.searchsorted(staying, [block.line, block.line + block.count]).tolist()
+            keep = np.zeros(block.count, dtype=bool)
             keep[staying[a:b] - block.line] = True
-            for part in [block.data] if keep.all() else _staying(block.data, keep):
-                packed.write(part)
-                bytes_out += len(part)
+            part = block.data if keep.all() else _staying(block.data, keep)
+            packed.write(part)
+            bytes_out += len(part)
         packed.flush()
     pieces = [piece for piece in known.pieces if piece["file"] == number]
     sums = {name: sum(piece[name] for piece in pieces) for name in ("lines", "blank", "bad", "filtered", "documents")}
@@ -149,7 +148,7 @@ def write_accounts(plan: Plan) -> dict[str, Any]:
     write_examples(plan, known, decided)
     report = make_report(plan, known, decided)
     _write_json(plan.output / "report.json", report)
-    return report
+    return cast(dict[str, Any], json.loads(json.dumps(report)))  # as a reader of the file has it
 
 
 def make_report(plan: Plan, known: Catalogue, decided: Decisions) -> dict[str, Any]:
