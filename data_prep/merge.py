@@ -2,7 +2,7 @@
 
 First all indices are checked and written at their places, then data is copied by ranges, while this thread follows
 and hashes what was written, in order: a set whose recorded digest does not come out is named, and the result's own
-digest is known at the end. Memory is a few buffers a worker and a hundred bytes a set, whatever they hold. The bytes
+digest is known at the end. Memory is a few buffers a worker and half a kilobyte a set, whatever they hold. The bytes
 are those of one writer that got all documents, and of megatron-core's IndexedDatasetBuilder.add_index.
 """
 

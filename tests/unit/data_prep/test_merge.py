@@ -90,7 +90,7 @@ def test_megatrons_builder_merges_to_the_same_bytes(tmp_path: Path) -> None:
     random = np.random.default_rng(1)
     for dtype, top in ((np.uint16, 60000), (np.int32, 120000)):
         sets = []
-        for k in range(7):
+        for k in range(4):  # their add_index collects garbage each time
             with IndexedWriter(tmp_path / f"{top}-{k}", dtype) as writer:
                 for _ in range(int(random.integers(0, 20))):
                     sizes = random.integers(0, 9, random.integers(0, 4)).tolist()
