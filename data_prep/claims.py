@@ -18,8 +18,9 @@ from typing import Any
 
 import psutil
 
-TOUCH_SECONDS = 15.0
-STALE_SECONDS = 90.0
+# After how long a silence a process of another machine is taken to be dead. Its file system may answer late.
+STALE_SECONDS = float(os.environ.get("HERD_CLAIM_SECONDS", "90"))
+TOUCH_SECONDS = STALE_SECONDS / 6
 
 
 def _machine() -> str:

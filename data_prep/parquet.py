@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from data_prep.errors import UserError
+from data_prep.filters import Filters
 from data_prep.inputs import File
-from data_prep.readers import Batch, Fault, Filter, Tally, finish, reject
+from data_prep.readers import Batch, Fault, Tally, finish, reject
 
 ROWS = 256  # decoded at a time: web pages of some kilobytes make about a megabyte
 
@@ -28,7 +29,7 @@ def group_sizes(file: File) -> list[int]:
 class RowGroups:
     """Iterates over the batches of row groups [start, stop). `damage`, afterwards: why it broke off, if it did."""
 
-    def __init__(self, file: File, key: str, start: int, stop: int | None, filters: Filter | None) -> None:
+    def __init__(self, file: File, key: str, start: int, stop: int | None, filters: Filters | None) -> None:
         self.file, self.key, self.start, self.stop, self.filters = file, key, start, stop, filters
         self.ended, self.damage, self.disk = False, "", 0
 

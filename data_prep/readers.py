@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from data_prep.errors import UserError
+from data_prep.filters import Filters
 from data_prep.inputs import JSONL, TEXT, File, check_keys, describe, expand_inputs, key_of
 from data_prep.streams import LineRange, Overlong, Stream
 
@@ -100,15 +101,6 @@ class Batch:
     dropped: bool = False  # what was begun so turns out to be bad: nothing of it is kept
 
 
-class Filter(Protocol):
-    """What may leave out a good document (data_prep/filters.py)."""
-
-    needs_record: bool
-
-    def reject(self, text: str, record: Any) -> str | None:
-        """Why the document is left out, or None."""
-
-
 @dataclass(frozen=True)
 class Reading:
     """How inputs are read; all of it may change the output."""
@@ -116,7 +108,7 @@ class Reading:
     key: str | None = None
     text_documents: str = "file"  # what a document is in a text file: file | line
     max_line_bytes: int = MAX_LINE_BYTES
-    filters: Filter | None = None
+    filters: Filters | None = None  # what leaves out good documents; None where nothing is asked
 
 
 class Reader:
@@ -279,7 +271,7 @@ def _slowly(
     offset: int,
     key: str,
     decoder: msgspec.json.Decoder[Any],
-    filters: Filter | None,
+    filters: Filters | None,
     max_line: int,
 ) -> Batch:
     """A block line by line."""

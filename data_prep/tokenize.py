@@ -403,6 +403,7 @@ def _finish(
         "filtered": dict(sorted(tally.filtered.items())),
         "damaged": damaged,
         "key": options.reading.key,
+        "filters": asdict(options.reading.filters) if options.reading.filters else None,
         "inputs": [{"path": str(file.path), "bytes": file.size} for file in files],
     }
     write_json(folder / LIST, {"herd_parts": 1, "dtype": dtype.str, "parts": parts, "meta": meta})

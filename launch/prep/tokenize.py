@@ -8,12 +8,16 @@ import re
 import signal
 import time
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from data_prep.errors import UserError
 from launch.prep.common import SETTINGS, Verb
+from launch.prep.filters import filter_options
+
+if TYPE_CHECKING:
+    from data_prep.filters import Filters
 
 SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -74,6 +78,7 @@ class Bytes(click.ParamType):
 )
 @click.option("--merge/--no-merge", default=None, help="Join the parts. [default: yes, unless nodes work together]")
 @click.option("--keep-parts", is_flag=True, help="Keep PREFIX.parts though it was merged.")
+@filter_options
 @click.option("--overwrite", is_flag=True, help="Replace files of the output's name.")
 @click.option("--json", "as_json", is_flag=True, help="Print PREFIX.meta.json on stdout.")
 def command(
@@ -95,6 +100,7 @@ def command(
     task: str | None,
     merge: bool | None,
     keep_parts: bool,
+    filters: Filters,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -121,7 +127,7 @@ def command(
     node = _task(task)
     together = node[1] > 1
     options = Options(
-        reading=Reading(key, text_documents, max_line),
+        reading=Reading(key, text_documents, max_line, filters if filters.active else None),
         append_eod=append_eod,
         prepend_bos=prepend_bos,
         parse_special=parse_special,

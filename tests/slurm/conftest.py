@@ -74,7 +74,7 @@ class Lab:
         """Slurm's word for a job, such as RUNNING."""
         return self.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
 
-    def restarts(self, job: int) -> int:
+    def restarts(self, job: int | str) -> int:
         """How often a job was requeued."""
         return int(self.run("squeue", "-h", "-t", "all", "-j", job, "-O", "RestartCnt"))
 

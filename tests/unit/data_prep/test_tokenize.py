@@ -17,6 +17,7 @@ from data_prep import demo_text, engines, pool, progress, readers, work
 from data_prep import tokenize as module
 from data_prep.cutting import cutter
 from data_prep.errors import UserError
+from data_prep.filters import Filters
 from data_prep.indexed import IndexedDataset
 from data_prep.readers import Reading
 from data_prep.tokenize import Options, read_meta
@@ -37,7 +38,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tokenize(inputs: list[Path], tokenizer: Path, output: Path, **options: Any) -> dict[str, Any]:
-    reading = {name: options.pop(name) for name in ("key", "text_documents", "max_line_bytes") if name in options}
+    reading = {
+        name: options.pop(name) for name in ("key", "text_documents", "max_line_bytes", "filters") if name in options
+    }
     return module.tokenize(inputs, tokenizer, output, Options(Reading(**reading), **{"workers": 1, **options}))
 
 
@@ -327,6 +330,19 @@ def test_a_text_the_tokenizer_fails_on_is_a_bad_line(
     meta = tokenize([tmp_path / "a.jsonl"], demo, tmp_path / "out", max_bad=0.5, engine="official")
     assert meta["documents"] == 2 == len(IndexedDataset(tmp_path / "out"))
     assert meta["bad_causes"] == {"the tokenizer failed": 1}
+
+
+def test_filters_leave_out_good_documents_and_count_them(demo: Path, tmp_path: Path) -> None:
+    records = [{"text": "kurz", "lang": "de"}, {"text": "a long enough text", "lang": "en"}, {"text": "no tag at all"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    parquet.write_table(
+        arrow.table({name: [r.get(name) for r in records] for name in ("text", "lang")}), tmp_path / "b.parquet"
+    )
+    meta = tokenize([tmp_path], demo, tmp_path / "out", filters=Filters(min_chars=10, languages=("en",)))
+    assert meta["documents"] == 2 and meta["bad_lines"] == 0 and meta["filtered"]["too short"] == 2
+    assert sum(meta["filtered"].values()) == 4 and meta["filters"]["min_chars"] == 10
+    everything = tokenize([tmp_path], demo, tmp_path / "all")
+    assert everything["documents"] == 6 and everything["filtered"] == {}
 
 
 def test_existing_output_is_kept_unless_overwritten(demo: Path, tmp_path: Path) -> None:
