@@ -95,7 +95,7 @@ def check_inputs(recipe: Recipe) -> None:
         raise UserError(
             f"recipe {recipe.name}: data.train names no token files; give a prefix made by herd prep tokenize", 2
         )
-    open_sources((*recipe.data.train, *recipe.data.validation))
+    open_sources((*recipe.data.train, *recipe.data.validation), thorough=True)
     if recipe.train.init_from:
         from llama import hf
 

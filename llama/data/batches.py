@@ -151,7 +151,7 @@ class Batches:
         row = int(np.flatnonzero((high >= self._vocab_size) | (low < 0))[0])
         wrong = int(low[row] if low[row] < 0 else high[row])
         raise UserError(
-            f"{self.samples.source(numbers[row])}.bin holds token id {wrong} (sample {numbers[row]}), but the model's "
+            f"{self.samples.source(numbers[row])} holds token id {wrong} (sample {numbers[row]}), but the model's "
             f"ids are 0..{self._vocab_size - 1}; set model.vocab_size to the tokenizer's size, or tokenize again with "
             f"the model's tokenizer: herd prep tokenize"
         )

@@ -101,11 +101,14 @@ def prefixes(source: Source) -> list[str]:
     return sorted(found)
 
 
-def open_sources(sources: Iterable[Source]) -> dict[str, IndexedDataset]:
-    """Every token file of the sources, opened, by its prefix. Raises UserError for one that is missing or damaged."""
+def open_sources(sources: Iterable[Source], thorough: bool = False) -> dict[str, IndexedDataset]:
+    """Every token file of the sources, opened, by its prefix. Raises UserError for one that is missing or damaged.
+
+    thorough: of a folder of parts, look at the size of each part now.
+    """
     opened: dict[str, IndexedDataset] = {}
     for source in sources:
         for prefix in prefixes(source):
             if prefix not in opened:
-                opened[prefix] = open_tokens(prefix)
+                opened[prefix] = open_tokens(prefix, thorough)
     return opened

@@ -140,13 +140,13 @@ def test_ids_beyond_the_vocabulary_name_file_id_and_remedy(token_file: Callable[
     batches.check_vocabulary(600)
     batches.step(0)
     message = (
-        r"text\.bin holds token id \d+ \(sample 0\), but the model's ids are 0\.\.299; set model\.vocab_size .*tokenize"
+        r"text holds token id \d+ \(sample 0\), but the model's ids are 0\.\.299; set model\.vocab_size .*tokenize"
     )
     with pytest.raises(UserError, match=message):
         batches.check_vocabulary(300)
     counted = Batches(Counting(), 4, 4)
     counted.check_vocabulary(20)  # the first sample ends with id 4; the second is read later, and refused then
-    with pytest.raises(UserError, match=r"counted\.bin holds token id 24 \(sample 2\)"):
+    with pytest.raises(UserError, match=r"counted holds token id 24 \(sample 2\)"):
         counted.step(0)
 
 

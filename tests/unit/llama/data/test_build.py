@@ -113,7 +113,7 @@ def test_a_split_without_validation_is_told(token_file: Callable[..., str], spli
 
 
 def test_ids_beyond_the_vocabulary_are_told_before_the_first_step(token_file: Callable[..., str]) -> None:
-    with pytest.raises(UserError, match=r"text\.bin holds token id \d+ .*ids are 0\.\.99; set model\.vocab_size"):
+    with pytest.raises(UserError, match=r"text holds token id \d+ .*ids are 0\.\.99; set model\.vocab_size"):
         build_data(recipe(token_file([40] * 60), model__vocab_size=100), 0, 1)
 
 
