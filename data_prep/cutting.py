@@ -106,7 +106,7 @@ def _spaced(pieces: Collection[str], prefixed: bool, control: Collection[str]) -
     where something stands behind it, since an empty text gets none. ▁ must be a piece, or it could be unknown and fuse
     with an unknown character before it.
     """
-    if "▁" not in pieces or any(re.search("[^▁]▁", piece) for piece in pieces):
+    if "▁" not in pieces or any(re.search("[^ ▁][ ▁]", piece) for piece in pieces):
         return None
     if not prefixed:
         return Cutter("(?<=[^ ▁])(?=[ ▁])")

@@ -111,7 +111,7 @@ class SentencePiece:
             self.path, self._model, self.rules, self.control, self.bos if add_bos else None
         )
         built.encode_special_tokens = True  # as encode does, for the comparison alone; not saved
-        for probe in (*_PROBES, *self.rules.user_defined):
+        for probe in _PROBES:
             if built.encode(probe, add_special_tokens=False).ids != self.encode(probe):
                 raise UserError(f"{self.path}: tokenizer.json cannot express this model (differs on {probe!r})")
         directory.mkdir(parents=True, exist_ok=True)
