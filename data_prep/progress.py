@@ -27,7 +27,7 @@ class Progress:
             columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
             self._bar = Bar(*columns, console=Console(stderr=True))
             self._bar.start()
-            self._task = self._bar.add_task("starting", total=1.0)
+            self._task = self._bar.add_task("choosing an engine", total=1.0)
         return self
 
     def say(self, line: str) -> None:
@@ -41,8 +41,9 @@ class Progress:
             return
         now = time.monotonic()
         seconds = max(1e-9, now - self.start)
-        self._first = share if self._first < 0 else self._first
-        said = f"{text_bytes / 1e6 / seconds:.1f} MB/s, {documents:,} documents, {tokens:,} tokens"
+        if self._first < 0:  # loading and choosing are over
+            self._first, self.start, seconds = share, now, 1e-9
+        said = f"{text_bytes / 1e6 / max(1.0, seconds):.1f} MB/s, {documents:,} documents, {tokens:,} tokens"
         if self._bar is not None:
             self._bar.update(self._task, completed=min(1.0, share), description=said)
         elif now >= self._next:
