@@ -135,20 +135,19 @@ def find_exact(building: Path, plan: Plan, partition: int) -> None:
     """Later documents of equal text in a range of hashes: file exact-N of (document, first)."""
     known = catalogue(plan)
     low, document = _slices(plan, "key", "key_owner", partition, _partitions(known.documents, plan))
-    order = np.argsort(low, kind="stable")
+    order = np.argsort(low)
     low, document = low[order], document[order]
-    same = np.zeros(len(low), dtype=bool)
-    same[1:] = low[1:] == low[:-1]
-    near_same = same.copy()
-    near_same[:-1] |= same[1:]
-    low, document = low[near_same], document[near_same]
+    twice = np.zeros(len(low), dtype=bool)
+    twice[1:] = low[1:] == low[:-1]
+    twice[:-1] |= twice[1:]
+    low, document = low[twice], document[twice]
     high = _high(known, document)
     order = np.lexsort((document, high, low))
     low, high, document = low[order], high[order], document[order]
     begins = np.ones(len(low), dtype=bool)
     begins[1:] = (low[1:] != low[:-1]) | (high[1:] != high[:-1])
     first = document[begins][np.cumsum(begins) - 1] if len(low) else document
-    write_arrays(building / f"exact-{partition:06d}", document=document[~begins], first=first[~begins])
+    write_arrays(building / f"exact-{partition:06d}", durable=False, document=document[~begins], first=first[~begins])
 
 
 def _high(known: Catalogue, documents: I64) -> U64:
@@ -173,16 +172,19 @@ def find_buckets(building: Path, plan: Plan, partition: int) -> None:
     first = Reader(building / "documents")["first"]
     alive = first[document] == document.astype(np.uint64)
     hashes, document = hashes[alive], document[alive]
-    order = np.argsort(hashes, kind="stable")  # merges sorted runs, which come in the order of documents
+    order = np.argsort(hashes)
     hashes, document = hashes[order], document[order]
     begin = (
         np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]])) if len(hashes) else np.empty(0, np.int64)
     )
     size = np.diff(np.append(begin, len(hashes)))
+    shared = np.repeat(size > 1, size)
+    hashes, document = hashes[shared], document[shared]
     write_arrays(
         building / f"raw-{partition:06d}",
+        durable=False,
         size=size[size > 1].astype(np.int64),
-        member=document[np.repeat(size > 1, size)],
+        member=document[np.lexsort((document, hashes))],
     )
 
 
@@ -218,7 +220,7 @@ def _write_documents(plan: Plan, known: Catalogue, building: Path, partitions: r
     """Line and first document of equal text, of every document; through a file map, not in memory."""
     path = building / "scratch"
     count = known.documents
-    with replacing(path) as file:
+    with replacing(path, durable=False) as file:
         file.truncate(count * 8)
     first = np.memmap(path, dtype=np.uint64, mode="r+", shape=(count,))
     for start in range(0, count, 1 << 20):
@@ -249,7 +251,7 @@ def _join(plan: Plan, known: Catalogue, building: Path, partitions: range) -> No
     for partition in partitions:
         raw = Reader(building / f"raw-{partition:06d}")
         place = np.searchsorted(candidates, raw["member"].astype(np.uint64))
-        write_arrays(building / f"placed-{partition:06d}", member=place)
+        write_arrays(building / f"placed-{partition:06d}", durable=False, member=place)
         groups.append((Reader(building / f"placed-{partition:06d}")["member"], raw["size"]))
     label = _components(len(candidates), groups)
     task_of, tasks = _spread(label, groups)

@@ -76,10 +76,10 @@ def _texts(plan: Plan, known: Catalogue, decided: Decisions, documents: set[int]
         path = plan.files[piece.file].path
         key = lines.find_key(path, plan.settings.key)
         for block in lines.read_blocks(path, piece.start, piece.end):
-            for line, data in enumerate(lines.split(block.data), block.line):
-                if line in of_line:
-                    found[of_line[line]] = lines.read_text(data, key)
-            if block.line > last or len(found) == len(documents):
+            here = [line for line in of_line if block.line <= line < block.line + block.count]
+            data = lines.split(block.data) if here else []
+            found |= {of_line[line]: lines.read_text(data[line - block.line], key) for line in here}
+            if block.line + block.count > last:
                 break
     return found
 

@@ -122,10 +122,9 @@ def read_blocks(
 def _cut(source: Iterator[bytes], start: int, end: int | None, max_line_bytes: int) -> Iterator[Block]:
     """Whole lines that begin in [start, end) of a source whose first byte is at start - 1 (at 0 if start is 0)."""
     line, offset = 1, start
-    rest = bytearray()
+    rest = bytearray()  # the beginning of a line
     skipping = 0  # bytes so far of a line that is too long
     aligned = start == 0
-    searched = 0  # bytes of rest that hold no newline, so that a long line is not searched again and again
     for data in source:
         if not aligned:  # the line that runs into our range is the part's before us
             found = data.find(b"\n")
@@ -142,22 +141,22 @@ def _cut(source: Iterator[bytes], start: int, end: int | None, max_line_bytes: i
                 continue
             yield Block(b"", line, offset, overlong=skipping)
             line, offset, data, skipping = line + 1, offset + skipping, data[found + 1 :], 0
-        rest += data
-        stop = rest.rfind(b"\n", searched) + 1
-        if end is not None and stop and offset + stop > end:  # our last line is the one that holds byte end - 1
-            if offset < end:
-                last = bytes(rest[: rest.find(b"\n", end - offset - 1) + 1])
-                yield Block(last, line, offset, last.count(b"\n"))
+        stop = data.rfind(b"\n") + 1
+        if not stop:
+            rest += data
+            if len(rest) > max_line_bytes:
+                skipping, rest = len(rest), bytearray()
+            continue
+        whole = bytes(rest) + data[:stop] if rest else data[:stop]
+        if end is not None and offset + len(whole) > end:
+            if offset < end:  # our last line is the one that holds byte end - 1
+                whole = whole[: whole.find(b"\n", end - offset - 1) + 1]
+                yield Block(whole, line, offset, whole.count(b"\n"))
             return
-        searched = 0 if stop else len(rest)
-        if stop:
-            whole = bytes(rest[:stop])
-            del rest[:stop]
-            count = whole.count(b"\n")
-            yield Block(whole, line, offset, count)
-            line, offset = line + count, offset + stop
-        elif len(rest) > max_line_bytes:
-            skipping, searched, rest = len(rest), 0, bytearray()
+        rest = bytearray(data[stop:])
+        count = whole.count(b"\n")
+        yield Block(whole, line, offset, count)
+        line, offset = line + count, offset + len(whole)
     if skipping:
         yield Block(b"", line, offset, overlong=skipping)
     elif rest and (end is None or offset < end):
@@ -230,6 +229,21 @@ def read_text(line: bytes, key: str) -> str:
     if not text:
         raise BadLineError("empty text")
     return text
+
+
+def read_texts(block: Block, key: str) -> list[str] | None:
+    """The texts of a block where every line has one; None where lines must be looked at one by one.
+
+    msgspec takes values as they come, two on a line or one on two; not so where objects meet at each line end and are
+    as many as the lines.
+    """
+    if block.data[:1] != b"{" or block.data.count(b"}\n{") != block.count - 1:
+        return None
+    try:
+        texts = [record.text for record in _decoder(key).decode_lines(block.data)]
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return texts if len(texts) == block.count and all(texts) else None
 
 
 def find_key(path: Path, key: str | None) -> str:

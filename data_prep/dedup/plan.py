@@ -56,7 +56,7 @@ class Settings:
     max_bad: float = 0.01
     filters: Filters = field(default_factory=Filters)
     log_filtered: bool = False
-    task_bytes: int = 64 << 20  # of input for one part; does not change the output
+    task_bytes: int | None = None  # of input for one part, see `_task_bytes`; does not change the output
     partition_entries: int = 4 << 20  # sorted at a time, about 100 bytes each; does not change the output
     examples: int = 10  # clusters shown in examples.md
 
@@ -165,6 +165,12 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [os.path.relpath(path, root) for path in full]
 
 
+def _task_bytes(total: int) -> int:
+    """16 MB, and of large inputs so many that there are 1,024 parts at most. A power of two: one more file among many
+    leaves the cuts, and so what is done, where they are."""
+    return max(16 << 20, 1 << max(0, (total >> 10) - 1).bit_length())
+
+
 def _pieces(files: Sequence[File], task_bytes: int) -> list[tuple[Piece, ...]]:
     """Tasks of about `task_bytes`: large plain files cut, small files together, a compressed file never cut."""
     tasks: list[tuple[Piece, ...]] = []
@@ -206,4 +212,9 @@ def make_plan(inputs: Iterable[str | Path], output: str | Path, settings: Settin
         except OSError as error:
             raise UserError(f"{path}: cannot be read: {error.strerror}; check the file") from error
         files.append(File(path, name, stat.st_size, stat.st_mtime_ns, lines.packing_of(path)))
-    return Plan(output, settings, tuple(files), tuple(_pieces(files, settings.task_bytes)))
+    return Plan(
+        output,
+        settings,
+        tuple(files),
+        tuple(_pieces(files, settings.task_bytes or _task_bytes(sum(file.bytes for file in files)))),
+    )

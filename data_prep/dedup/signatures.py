@@ -43,9 +43,12 @@ class PieceReader:
             self.counts["lines"] += 1
             self._reject(block.line, BadLineError("line too long", f"{block.overlong:,} bytes"))
             return numbers, texts
-        found = lines.split(block.data)
-        self.counts["lines"] += len(found)
+        self.counts["lines"] += block.count
         filters, key, read_text = self.filters, self.key, lines.read_text
+        if not filters.active and (whole := lines.read_texts(block, key)):
+            self.counts["documents"] += block.count
+            return list(range(block.line, block.line + block.count)), whole
+        found = lines.split(block.data)
         record: Any = None
         for number, line in enumerate(found, block.line):
             try:
@@ -103,7 +106,7 @@ class _Segments:
             return
         i, add = len(self.sizes), self.writer.add
         text = np.frombuffer(b"".join(self.texts), dtype="<u8").reshape(-1, 2)
-        order = np.argsort(text[:, 0], kind="stable")
+        order = np.argsort(text[:, 0])
         add(f"line{i}", np.array(self.lines, dtype=np.uint32))
         add(f"low{i}", text[:, 0])
         add(f"high{i}", text[:, 1])
@@ -111,7 +114,7 @@ class _Segments:
         add(f"key_owner{i}", (order + self.first).astype(np.uint32))
         if self.bands:
             bands, owners = np.concatenate(self.bands), np.concatenate(self.owners)
-            order = np.argsort(bands, kind="stable")
+            order = np.argsort(bands)
             add(f"band{i}", bands[order])
             add(f"owner{i}", owners[order])
         self.sizes.append(len(self.lines))

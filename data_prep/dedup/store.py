@@ -27,11 +27,11 @@ Array = NDArray[Any]
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, durable: bool = True) -> Iterator[BinaryIO]:
     """A file to write that takes `path`'s place when the block ends well, and is gone when not.
 
     Its name aside is this process's own: two nodes may write the same part, and the later one wins with the same bytes.
-    Raises UserError when the disk refuses.
+    Without `durable`, for what this run alone reads, the disk is not waited for. Raises UserError when it refuses.
     """
     aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
@@ -39,8 +39,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         with aside.open("wb", buffering=1 << 20) as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         aside.replace(path)
+        if not durable:
+            return
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -82,9 +85,9 @@ class Writer:
         self._file.write(head + END.pack(len(head), MAGIC))
 
 
-def write_arrays(path: Path, meta: Any = None, **arrays: Array) -> None:
-    """Write a file of arrays in one go."""
-    with replacing(path) as file:
+def write_arrays(path: Path, meta: Any = None, durable: bool = True, **arrays: Array) -> None:
+    """Write a file of arrays in one go; `durable` as in `replacing`."""
+    with replacing(path, durable) as file:
         writer = Writer(file)
         for name, array in arrays.items():
             writer.add(name, array)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from data_prep.dedup import lines
 from data_prep.dedup.candidates import catalogue, starts_of
 from data_prep.dedup.plan import Piece, Plan
-from data_prep.dedup.shingles import U64, jaccard, shingle_sets
+from data_prep.dedup.shingles import U64, flat_sets, jaccard
 from data_prep.dedup.store import Reader, Writer, replacing, write_arrays
 
 FLAGS = 1 << 20  # bytes of the table for the quick bound
@@ -39,9 +40,9 @@ def make_shingles(plan: Plan, task: int) -> None:
         for piece, end in zip(plan.tasks[task], ends.tolist(), strict=True):
             wanted, begin = line_of[begin:end], end
             for texts in _texts(plan, piece, wanted):
-                sets = shingle_sets(texts, plan.settings.ngram, plan.settings.unit)
-                writer.add("value", np.concatenate(sets))
-                sizes += map(len, sets)
+                values, counts = flat_sets(texts, plan.settings.ngram, plan.settings.unit)
+                writer.add("value", values)
+                sizes += counts.tolist()
         writer.add("start", starts_of(sizes))
         writer.end()
 
@@ -91,22 +92,32 @@ def _shingle_file(plan: Plan, part: int) -> Reader:
 
 
 class Judge:
-    """Finds the earliest of some kept candidates that is similar enough to a document."""
+    """Compares a document with those that stay in its buckets."""
 
     def __init__(self, shingles: Shingles, threshold: float):
         self.shingles, self.threshold = shingles, threshold
         self._flags = np.zeros(FLAGS, dtype=np.uint8)
         self.compared = 0
 
-    def __call__(self, index: int, others: set[int]) -> tuple[int, float] | None:
-        """The first of `others` whose similarity with the one at `index` is at least the threshold, with it."""
+    def __call__(self, index: int, buckets: list[list[int]]) -> tuple[int, float] | None:
+        """Which document in these buckets is similar enough to the one at `index`, and how similar.
+
+        The one that shares most bands is looked at first, being most likely; then all, the earliest first.
+        """
+        if not any(buckets):
+            return None
         sizes = self.shingles.sizes
         size = sizes[index]
         low, high = size * self.threshold * (1 - 1e-12), size / self.threshold * (1 + 1e-12)
-        fit = sorted(other for other in others if low <= sizes[other] <= high)  # it is at most smaller over larger
+        shared = Counter(chain.from_iterable(buckets))
+        fit = sorted(other for other in shared if low <= sizes[other] <= high)  # it is at most smaller over larger
         if not fit:
             return None
         own = self.shingles[index]
+        likely = max(fit, key=shared.__getitem__)  # the earliest of equals
+        if found := self._first(own, [likely]):
+            return found
+        fit.remove(likely)
         if len(fit) <= FEW:
             return self._first(own, fit)
         bits = own.view(np.int64) & (FLAGS - 1)
@@ -151,8 +162,7 @@ def verify(plan: Plan, task: int) -> None:
     limited = 0
     for index, (a, b) in enumerate(zip(begin.tolist(), [*begin[1:].tolist(), len(place)], strict=True)):
         mine = bucket[a:b].tolist()
-        others = set[int]().union(*(stays[number] for number in mine))
-        if others and (found := judge(index, others)):
+        if found := judge(index, [stays[number] for number in mine]):
             removed.append((index, *found))
             continue
         full = False

@@ -155,5 +155,5 @@ def command(
     click.echo(
         f"{output}: {report['kept']:,} of {report['documents']:,} documents stay; {report['exact_removed']:,} exact and"
         f" {report['near_removed']:,} near duplicates went ({report['near_clusters']:,} clusters);"
-        f" {report['bytes_out'] / 1e6:,.1f} of {report['bytes_in'] / 1e6:,.1f} MB; {seconds:.1f} s"
+        f" {report['bytes_out'] / 1e6:,.1f} of {report['bytes_in'] / 1e6:,.1f} MB; {seconds:.2f} s"
     )

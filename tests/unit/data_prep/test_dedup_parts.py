@@ -124,6 +124,19 @@ def test_msgspec_and_json_agree_on_what_a_text_is() -> None:
         lines.read_text(b'{"text": ""}', "text")
 
 
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'{"text":"a"} {"text":"b"}\n\n',
+        b'{"text":\n"a"}\n{"text":"b"} {"text":"c"}\n',
+        b'{"text":"a","x":\n{}} {"text":"b"}',
+    ],
+)
+def test_whole_blocks_are_taken_only_when_each_line_is_one_object(data: bytes) -> None:
+    assert lines.read_texts(lines.Block(data, 1, 0, len(lines.split(data))), "text") is None
+    assert lines.read_texts(lines.Block(b'{"text":"a"}\n{"text":"b"}', 1, 0, 2), "text") == ["a", "b"]
+
+
 def test_array_files_come_back_and_a_cut_one_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a"
     write_arrays(path, {"n": 1}, x=np.arange(5, dtype=np.uint32), none=np.empty(0, np.int64), y=np.array([True, False]))
