@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 from data_prep.dedup import write
 from data_prep.dedup.candidates import find_candidates
-from data_prep.dedup.plan import Plan, Settings, make_plan
+from data_prep.dedup.plan import ACCOUNTS, MARKER, Plan, Settings, make_plan
 from data_prep.dedup.pool import Pool, default_workers
 from data_prep.dedup.signatures import make_signatures
 from data_prep.dedup.store import Reader
@@ -40,9 +41,13 @@ def dedup(
     """
     plan = make_plan(inputs, output, settings or Settings())
     if stage is None and (report := _finished(plan)):
+        if not keep_work:
+            shutil.rmtree(plan.work, ignore_errors=True)
         return report
     write.claim(plan)
-    with _lock(plan, alone=stage is None), Pool(plan, workers or default_workers(), progress) as pool:
+    with _lock(plan, alone=stage is None) as locked, Pool(plan, workers or default_workers(), progress) as pool:
+        if stage is None and locked:
+            _sweep(plan)
         for before in STAGES[: STAGES.index(stage)] if stage else ():
             _require(plan, before)
         for name in STAGES if stage is None else (stage,):
@@ -68,8 +73,8 @@ def _finished(plan: Plan) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _lock(plan: Plan, alone: bool) -> Iterator[None]:
-    """Keep a second whole run out of the same folder; single stages may be many at a time."""
+def _lock(plan: Plan, alone: bool) -> Iterator[bool]:
+    """Keep a second whole run out of the same folder; single stages may be many at a time. False: cannot lock here."""
     try:
         plan.work.mkdir(parents=True, exist_ok=True)
         file = (plan.work / "lock").open("w")
@@ -81,8 +86,21 @@ def _lock(plan: Plan, alone: bool) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"{plan.output}: another herd prep dedup writes there; wait for it, or end it") from None
         except OSError:
-            pass  # a file system without locks: parts are written so that two runs do no harm
-        yield
+            yield False  # a file system without locks: parts are written so that two runs do no harm
+            return
+        yield True
+
+
+def _sweep(plan: Plan) -> None:
+    """Remove what killed runs left half-written. Only for who is alone."""
+    left = list(plan.work.rglob("*.tmp"))
+    for target in [plan.target(file) for file in plan.files] + [plan.output / name for name in (*ACCOUNTS, MARKER)]:
+        left += target.parent.glob(f".{glob.escape(target.name)}.*.tmp")
+    for path in left:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _run_stage(plan: Plan, pool: Pool, stage: str, share: tuple[int, int]) -> None:
