@@ -55,6 +55,8 @@ def packing_of(path: Path) -> str:
             magic = file.read(4)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; check the file") from error
+    if magic == b"PAR1":
+        raise UserError(f"{path}: is Parquet; dedup reads JSON Lines, plain, .gz or .zst", 2)
     if magic[:2] == b"\x1f\x8b":
         return GZIP
     skippable = magic[1:] == b"\x2a\x4d\x18" and 0x50 <= magic[0] <= 0x5F

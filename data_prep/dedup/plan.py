@@ -16,14 +16,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep import readers
 from data_prep.dedup import lines
 from data_prep.dedup.minhash import bands_for
 from data_prep.dedup.shingles import Unit
 from data_prep.errors import UserError
 from data_prep.filters import Filters
+from data_prep.inputs import expand_inputs
 
 VERSION = 1  # of the stages' files: another one makes all anew
+SUFFIXES = tuple(kind + packing for kind in (".jsonl", ".json") for packing in ("", ".gz", ".zst"))
 ACCOUNTS = ("report.json", "removed.jsonl", "bad.jsonl", "filtered.jsonl", "examples.md")
 MARKER = ".herd-accounts"  # names the ACCOUNTS of a folder, one a line, which are no documents
 
@@ -201,7 +202,7 @@ def make_plan(inputs: Iterable[str | Path], output: str | Path, settings: Settin
         if Path(item).is_dir() and inside.is_relative_to(Path(item).resolve()):
             raise UserError(f"{output}: lies in the input {item}; choose an --output outside of it", 2)
     files = []
-    paths = readers.expand_inputs(inputs)
+    paths = expand_inputs(inputs, SUFFIXES)
     for path, name in zip(paths, _names(paths), strict=True):
         if path.resolve().is_relative_to(inside):
             raise UserError(f"{path}: is an input inside the output folder {output}; choose another --output", 2)

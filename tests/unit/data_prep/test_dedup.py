@@ -314,6 +314,9 @@ def test_an_output_that_is_not_ours_or_lies_in_the_input_is_refused(tmp_path: Pa
     write(tmp_path / "in/a.jsonl", TEXTS[:3])
     with pytest.raises(UserError, match="lies in the input"):
         dedup([tmp_path / "in"], tmp_path / "in/out")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1....PAR1")
+    with pytest.raises(UserError, match="is Parquet; dedup reads JSON Lines"):
+        dedup([tmp_path / "a.parquet"], tmp_path / "out")
     with pytest.raises(UserError, match="is an input inside the output folder"):
         dedup([tmp_path / "in/a.jsonl"], tmp_path / "in")
     write(tmp_path / "out/a.jsonl", TEXTS[:3])
