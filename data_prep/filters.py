@@ -19,6 +19,7 @@ from data_prep.errors import UserError
 LANGUAGE_KEYS = ("meta.language", "metadata.identification.label", "metadata.language", "language", "lang")
 # Beside the language, or after its own name: OSCAR's metadata.identification.prob, FineWeb's language_score
 SCORE_NAMES = ("prob", "score", "probability", "language_score", "lang_score", "language_probability")
+LONG = 5  # words from which an n-gram counts as repeated wherever it comes again
 _PARAGRAPH = re.compile(r"\n{2,}")
 
 
@@ -99,10 +100,16 @@ class Filters:
             if limit_chars is not None and characters > limit_chars * len(text):
                 return f"repeated {unit} by characters"
         if self.max_ngram_repetition:
-            words_list = text.split()
-            for n, limit in self.max_ngram_repetition:
-                if _ngram_characters(words_list, n) > limit * sum(map(len, words_list)):
+            parts = text.split()
+            total = sum(map(len, parts))
+            limits = sorted(self.max_ngram_repetition)
+            for at, (n, limit) in enumerate(limits):
+                characters = _ngram_characters(parts, n)
+                if characters > limit * total:
                     return f"repeated {n}-grams"
+                # what a longer n-gram repeats, its shorter ones repeat too: most texts need no second look
+                if n >= LONG and characters <= min(limit for _, limit in limits[at:]) * total:
+                    break
         return None
 
     @cached_property
@@ -162,13 +169,11 @@ def _ngram_characters(words: Sequence[str], n: int) -> int:
     """Characters, without spaces, of the most frequent n-gram in all its places (n up to 4, 0 if none comes twice), or
     of all words in an n-gram that was there before, each word once (n from 5)."""
     grams = list(zip(*(words[k:] for k in range(n)), strict=False))
-    if n <= 4:
-        if not grams:
-            return 0
+    if len(set(grams)) == len(grams):
+        return 0
+    if n < LONG:
         counts = Counter(grams)
         most = max(counts.values())
-        if most == 1:
-            return 0
         return most * max(sum(map(len, gram)) for gram, times in counts.items() if times == most)
     seen: set[tuple[str, ...]] = set()
     characters = end = 0  # words before `end` are counted already
