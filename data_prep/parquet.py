@@ -10,7 +10,8 @@ from data_prep.filters import Filters
 from data_prep.inputs import File
 from data_prep.readers import Batch, Fault, Tally, finish, reject
 
-ROWS = 256  # decoded at a time: web pages of some kilobytes make about a megabyte
+ROWS, FEWEST_ROWS = 256, 8  # decoded at a time: web pages of some kilobytes make about a megabyte; fewer are of books
+BATCH_BYTES = 1 << 24
 
 
 def group_sizes(file: File) -> list[int]:
@@ -38,19 +39,28 @@ class RowGroups:
         import pyarrow.parquet as parquet
 
         try:
-            with parquet.ParquetFile(self.file.path, pre_buffer=False, buffer_size=1 << 20) as table:
-                groups = range(self.start, table.num_row_groups if self.stop is None else self.stop)
-                self.ended = groups.stop >= table.num_row_groups
+            with parquet.ParquetFile(
+                self.file.path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
+            ) as table:
+                facts = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
+                groups = range(self.start, len(facts) if self.stop is None else self.stop)
+                self.ended = groups.stop >= len(facts)
                 columns = None if self.filters and self.filters.needs_record else [self.key]
-                row = sum(table.metadata.row_group(i).num_rows for i in range(self.start))
+                row, total = sum(facts[i].num_rows for i in range(self.start)), table.metadata.num_rows
+                if sum(group.num_rows for group in facts) != total or groups.stop > len(facts):
+                    raise arrow.ArrowInvalid(f"row groups that do not make {total:,} rows")
                 number = 1
                 for group in groups:
-                    size = table.metadata.row_group(group).total_byte_size
-                    rows = max(1, table.metadata.row_group(group).num_rows)
-                    for records in table.iter_batches(ROWS, row_groups=[group], columns=columns, use_threads=False):
-                        self.disk += records.num_rows * self.file.size // max(1, table.metadata.num_rows)
-                        yield self._batch(records, number, row, records.num_rows * size // rows)
+                    count = facts[group].num_rows
+                    size, left = facts[group].total_byte_size, count
+                    rows = min(ROWS, max(FEWEST_ROWS, BATCH_BYTES * count // max(1, size)))
+                    for records in table.iter_batches(rows, row_groups=[group], columns=columns, use_threads=False):
+                        self.disk += records.num_rows * self.file.size // max(1, total)
+                        left -= records.num_rows
+                        yield self._batch(records, number, row, records.num_rows * size // max(1, count))
                         number, row = number + records.num_rows, row + records.num_rows
+                    if left:
+                        raise arrow.ArrowInvalid(f"row group {group} lacks {left:,} of {count:,} rows")
         except (OSError, arrow.ArrowException) as error:
             self.ended, self.damage = True, f"the Parquet data is damaged ({str(error).splitlines()[0]})"
 
@@ -58,12 +68,17 @@ class RowGroups:
         tally = Tally(lines=records.num_rows)
         texts: list[str] = []
         faults: list[Fault] = []
-        column = records.column(records.schema.get_field_index(self.key))
+        place = records.schema.get_field_index(self.key)
+        if place < 0:
+            for i in range(records.num_rows):
+                reject(tally, faults, Fault(number + i, row + i, f"no key {self.key!r}"))
+            return finish(texts, tally, size, faults)
+        column = records.column(place)
         try:
             values = column.to_pylist()
         except UnicodeDecodeError:
             values = [_value(cell) for cell in column]
-        others = records.to_pylist() if self.filters and self.filters.needs_record else None
+        others = _records(records) if self.filters and self.filters.needs_record else None
         for i, value in enumerate(values):
             if not isinstance(value, str):
                 kind = "broken UTF-8" if isinstance(value, bytes) else "text is not a string"
@@ -79,8 +94,16 @@ class RowGroups:
         return finish(texts, tally, size, faults)
 
 
+def _records(records: Any) -> list[object]:
+    """Rows as dictionaries; those that hold what Python cannot (broken UTF-8, far times) are none."""
+    try:
+        return list(records.to_pylist())
+    except (ValueError, OverflowError):
+        return [_value(row) for row in records.to_struct_array()]
+
+
 def _value(cell: Any) -> object:
     try:
         return cell.as_py()
-    except UnicodeDecodeError:
+    except (ValueError, OverflowError):
         return b""

@@ -13,7 +13,7 @@ import os
 import socket
 from array import array
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -60,7 +60,7 @@ class PartWriter:
         self.tokens = 0
         self._aside = folder / f".{name}.{socket.gethostname()}.{os.getpid()}"
         self._lengths = array("i")  # 4 bytes a document in memory
-        self._log: list[str] = []
+        self._log: BinaryIO | None = None
         self._hash: Any = xxhash.xxh3_128()
         try:
             self._bin = self._path(".bin").open("w+b", buffering=0)
@@ -95,7 +95,13 @@ class PartWriter:
         self._hash = None  # of what was taken back too; made anew at the end
 
     def log(self, line: dict[str, Any]) -> None:
-        self._log.append(json.dumps(line, ensure_ascii=False))
+        """One bad line; not held in memory, for a part may consist of nothing else."""
+        try:
+            if self._log is None:
+                self._log = self._path(".log.jsonl").open("wb")
+            self._log.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        except OSError as error:
+            raise disk_error(self._aside, error) from error
 
     def publish(self, sidecar: dict[str, Any]) -> dict[str, Any]:
         """Flush to the disk and rename; `sidecar` last, completed by counts and digests. Returns it so completed."""
@@ -107,13 +113,15 @@ class PartWriter:
                     self._hash.update(block)
             os.fsync(self._bin.fileno())
             self._bin.close()
+            if self._log is not None:
+                with self._log as log:
+                    log.flush()
+                    os.fsync(log.fileno())
             index = self._index()
-            for ending, data in ((".idx", index), (".log.jsonl", "".join(f"{x}\n" for x in self._log).encode())):
-                if data:
-                    with self._path(ending).open("wb") as file:
-                        file.write(data)
-                        file.flush()
-                        os.fsync(file.fileno())
+            with self._path(".idx").open("wb") as file:
+                file.write(index)
+                file.flush()
+                os.fsync(file.fileno())
             for ending in (".log.jsonl", ".idx", ".bin"):
                 if self._path(ending).exists():
                     self._path(ending).replace(self.folder / f"{self.name}{ending}")
@@ -129,6 +137,9 @@ class PartWriter:
     def discard(self) -> None:
         """Remove what was written aside."""
         self._bin.close()
+        if self._log is not None:
+            with contextlib.suppress(OSError):  # of what a full disk did not take
+                self._log.close()
         for ending in ENDINGS:
             with contextlib.suppress(OSError):
                 self._path(ending).unlink(missing_ok=True)

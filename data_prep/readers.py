@@ -22,12 +22,12 @@ import numpy as np
 from data_prep.errors import UserError
 from data_prep.filters import Filters
 from data_prep.inputs import JSONL, TEXT, File, check_keys, describe, expand_inputs, key_of
-from data_prep.streams import LineRange, Overlong, Stream
+from data_prep.streams import HEAD_BYTES, LineRange, Overlong, Stream
 
 BLOCK_BYTES = 1 << 19  # of text parsed and encoded at a time: fits the processor's cache, hides the cost of a call
 MAX_LINE_BYTES = 1 << 26  # a longer line is no document but a file without newlines; it is counted bad, not loaded
 SHOWN = 5  # faults shown in a summary; the log has all
-LOGGED_BYTES = 200  # of a rejected line that go into the log
+LOGGED_BYTES = HEAD_BYTES  # of a rejected line that go into the log
 _SURROGATE = re.compile("[\ud800-\udfff]")
 BOM = b"\xef\xbb\xbf"
 
@@ -176,8 +176,9 @@ class Reader:
         number = 1
         for offset, block in lines:
             if isinstance(block, Overlong):
+                batch = Batch([], Tally(lines=1), block.size, [])
                 fault = Fault(number, offset, "line too long", f"{block.size:,} bytes")
-                batch = Batch([], Tally(lines=1, bad=Counter([fault.cause])), block.size, [fault])
+                reject(batch.tally, batch.faults, fault, block.head)
             else:
                 batch = parse(block, number, offset)
             number += batch.tally.lines
@@ -298,7 +299,7 @@ def _slowly(
             if filters is not None:
                 reason = filters.reject(found, _loose(line) if filters.needs_record else None)
             if reason:
-                tally.filtered[reason] += 1
+                tally.filtered[_SURROGATE.sub("\ufffd", reason)] += 1
             else:
                 texts.append(found)
         offset += len(line) + 1
@@ -306,11 +307,15 @@ def _slowly(
 
 
 def _loose(line: bytes) -> Any:
-    """A record's JSON value, as forgiving as Python's json."""
+    """A record's JSON value, as forgiving as Python's json and more; None where even its other fields cannot be read."""
     try:
         return msgspec.json.decode(line.removeprefix(BOM))
     except (ValueError, RecursionError):
-        return json.loads(line.decode("utf-8", "replace").removeprefix("\ufeff"))
+        pass
+    try:
+        return json.loads(line.decode("utf-8", "replace").removeprefix("\ufeff"), parse_int=float)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _one_line(

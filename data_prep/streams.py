@@ -14,6 +14,7 @@ from types import TracebackType
 
 PLAIN_BLOCK = 1 << 20
 PACKED_BLOCK = 1 << 15  # compressed bytes a call: bounds what one call may unpack
+HEAD_BYTES = 200  # of an overlong line that are kept to show
 GZIP, ZSTD, PLAIN = "gzip", "zstd", ""
 
 
@@ -137,10 +138,10 @@ class Stream:
 
 
 class Overlong:
-    """Stands for a line that was passed over because it is longer than allowed; `size` in bytes."""
+    """Stands for a line that was passed over because it is longer than allowed: its bytes, and the first of them."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, head: bytes) -> None:
+        self.size, self.head = size, head
 
 
 class LineRange:
@@ -190,7 +191,9 @@ class LineRange:
                 self.damage, block = str(error), b""
             if not block:
                 self.ended = True
-                if self.damage:
+                if self.damage and held > self.max_line:
+                    yield base, Overlong(held, b"".join(pieces)[:HEAD_BYTES])
+                elif self.damage:
                     self.cut_bytes = held
                 elif held:
                     yield base, memoryview(b"".join(pieces))
@@ -205,7 +208,7 @@ class LineRange:
                 pieces, enough = [data], 2 * held  # a long line is joined and searched a few times, not at each block
                 if held > self.max_line:
                     size, tail = self._pass_over(held)
-                    yield base, Overlong(size)
+                    yield base, Overlong(size, data[:HEAD_BYTES])
                     pieces, held, enough, base = [], 0, self.block_bytes, base + size + 1
                     stream.push(tail)
                     if self.ended:

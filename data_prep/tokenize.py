@@ -18,7 +18,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -410,8 +410,8 @@ def _finish(
     return meta
 
 
-def _log_of(folder: Path, name: str) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in (folder / f"{name}.log.jsonl").read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError:
-        return []
+def _log_of(folder: Path, name: str) -> Iterator[dict[str, Any]]:
+    """A part's bad lines. Read as bytes: a text's own line separators, such as U+2028, end no line of the log."""
+    with contextlib.suppress(FileNotFoundError), (folder / f"{name}.log.jsonl").open("rb") as log:
+        for line in log:
+            yield json.loads(line)
