@@ -44,7 +44,10 @@ def expand_inputs(inputs: Iterable[str | Path], suffixes: tuple[str, ...] = SUFF
             files = [
                 p
                 for p in path.rglob("*")
-                if p.name.endswith(suffixes) and p.is_file() and not _is_ours(p.relative_to(path))
+                if p.name.endswith(suffixes)
+                and p.is_file()
+                and not _is_ours(p.relative_to(path))
+                and not _is_account(p)
             ]
             if not files:
                 raise UserError(
@@ -54,7 +57,8 @@ def expand_inputs(inputs: Iterable[str | Path], suffixes: tuple[str, ...] = SUFF
             files = [path]
         else:
             names = glob.glob(item, recursive=True)  # noqa: PTH207 (Path.glob refuses absolute patterns)
-            files = [Path(name) for name in names if Path(name).is_file() and not _is_ours(Path(name))]
+            found_here = [Path(name) for name in names if Path(name).is_file()]
+            files = [path for path in found_here if not _is_ours(path) and not _is_account(path)]
             if not files:
                 raise UserError(f"{item}: no such file, folder or glob match; check the path", 2)
         for file in files:
@@ -69,6 +73,12 @@ def _is_ours(path: Path) -> bool:
     return path.name.endswith(OURS) or any(
         (part.startswith(".") and part not in (".", "..")) or part.endswith(".parts") for part in path.parts
     )
+
+
+def _is_account(path: Path) -> bool:
+    """What herd prep dedup wrote beside the texts, as its marker lists it."""
+    marker = path.parent / ".herd-accounts"
+    return marker.exists() and path.name in marker.read_text(encoding="utf-8").split()
 
 
 def describe(path: Path) -> File:

@@ -21,10 +21,10 @@ from data_prep.dedup.minhash import bands_for
 from data_prep.dedup.shingles import Unit
 from data_prep.errors import UserError
 from data_prep.filters import Filters
-from data_prep.inputs import expand_inputs
+from data_prep.inputs import JSON_NAMES, expand_inputs
 
 VERSION = 1  # of the stages' files: another one makes all anew
-SUFFIXES = tuple(kind + packing for kind in (".jsonl", ".json") for packing in ("", ".gz", ".zst"))
+SUFFIXES = tuple(kind + packing for kind in JSON_NAMES for packing in ("", ".gz", ".zst"))
 ACCOUNTS = ("report.json", "removed.jsonl", "bad.jsonl", "filtered.jsonl", "examples.md")
 MARKER = ".herd-accounts"  # names the ACCOUNTS of a folder, one a line, which are no documents
 
@@ -192,6 +192,18 @@ def _pieces(files: Sequence[File], task_bytes: int) -> list[tuple[Piece, ...]]:
     return tasks
 
 
+def _refuse_others(inputs: Sequence[str | Path], paths: Sequence[Path]) -> None:
+    """A folder's Parquet and text files must not be left behind in silence."""
+    folders = [item for item in inputs if Path(item).is_dir()]
+    others = [path for path in (expand_inputs(folders) if folders else ()) if path not in set(paths)]
+    if others:
+        raise UserError(
+            f"{others[0]}: neither Parquet nor text files are read by dedup, and there are {len(others)} in the folder; "
+            f"name the JSON Lines alone, as '{Path(folders[0]) / '*.jsonl*'}'",
+            2,
+        )
+
+
 def make_plan(inputs: Iterable[str | Path], output: str | Path, settings: Settings) -> Plan:
     """The plan for these inputs. Raises UserError for inputs that cannot be read or would be overwritten."""
     inputs, output = list(inputs), Path(output)
@@ -202,7 +214,9 @@ def make_plan(inputs: Iterable[str | Path], output: str | Path, settings: Settin
         if Path(item).is_dir() and inside.is_relative_to(Path(item).resolve()):
             raise UserError(f"{output}: lies in the input {item}; choose an --output outside of it", 2)
     files = []
+    inputs = list(inputs)
     paths = expand_inputs(inputs, SUFFIXES)
+    _refuse_others(inputs, paths)
     for path, name in zip(paths, _names(paths), strict=True):
         if path.resolve().is_relative_to(inside):
             raise UserError(f"{path}: is an input inside the output folder {output}; choose another --output", 2)

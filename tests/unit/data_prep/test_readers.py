@@ -161,6 +161,8 @@ def test_inputs_are_sorted_unique_and_found_in_folders_and_globs(tmp_path: Path)
     for name in names + others:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
+    (tmp_path / "removed.jsonl").write_text("{}")
+    (tmp_path / ".herd-accounts").write_text("report.json removed.jsonl\n")  # as herd prep dedup marks its accounts
     assert expand_inputs([tmp_path]) == [tmp_path / name for name in names]
     assert expand_inputs([tmp_path / "e.json", tmp_path / "b.jsonl", tmp_path]) == [tmp_path / name for name in names]
     assert expand_inputs([f"{tmp_path}/*.json*"]) == [tmp_path / name for name in ("a.jsonl.zst", "b.jsonl", "e.json")]
