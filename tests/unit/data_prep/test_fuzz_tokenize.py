@@ -10,19 +10,25 @@ import gzip
 import json
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as arrow
+import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
 from data_prep import demo_text
 from data_prep import tokenize as module
+from data_prep.errors import UserError
 from data_prep.filters import Filters
 from data_prep.indexed import IndexedDataset
-from data_prep.readers import Reading
+from data_prep.inputs import describe
+from data_prep.parquet import group_sizes
+from data_prep.readers import Reader, Reading
 from data_prep.tokenize import Options
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 
@@ -348,3 +354,171 @@ def test_filters_count_what_they_leave_out_of_mutated_lines(
         assert meta["filtered"]["language \ufffd"] > 10 < meta["filtered"]["language de"]
         written.append(everything(tmp_path / f"{part_bytes}"))
     assert written[0] == written[1] == written[2]
+
+
+# Packed files
+
+
+def unpacked(raw: bytes, ending: str) -> tuple[bytes, bool]:
+    """What zlib or zstandard give of a file, a few bytes at a time, and whether it was whole."""
+    out, rest, decoder = b"", raw, None
+    while rest:
+        if decoder is None:
+            decoder = zlib.decompressobj(31) if ending == ".gz" else zstandard.ZstdDecompressor().decompressobj()
+        try:
+            out += decoder.decompress(rest[:64])
+        except (zlib.error, zstandard.ZstdError):
+            return out, False
+        rest = rest[64:]
+        if decoder.eof:
+            rest, decoder = decoder.unused_data + rest, None
+    return out, decoder is None and bool(raw)
+
+
+@pytest.fixture(scope="module")
+def damaged(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 300 packed files, cut off or with flipped bits."""
+    draw, folder, words = random.Random(5), tmp_path_factory.mktemp("damaged"), words_of(demo)
+    packers = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor(write_checksum=True).compress}
+    for number in range(300):
+        lines = [json.dumps({"text": f"{i} {' '.join(draw.choices(words, k=5))}"}).encode() for i in range(60)]
+        ending = draw.choice(sorted(packers))
+        pack = packers[ending]
+        size = draw.choice([7, 60])  # lines in a member or frame
+        raw = bytearray(b"".join(pack(b"\n".join(lines[i : i + size]) + b"\n") for i in range(0, 60, size)))
+        kind = draw.choice(["cut", "cut", "flip", "head", "none", "rubbish"])
+        if kind == "cut":
+            del raw[draw.choice([draw.randrange(8), draw.randrange(len(raw))]) :]
+            while unpacked(bytes(raw), ending)[1]:  # between two frames: nothing tells that there were more
+                del raw[-1:]
+        elif kind in ("flip", "head"):
+            raw[draw.randrange(10 if kind == "head" else len(raw))] ^= 1 << draw.randrange(8)
+        elif kind == "rubbish":
+            raw += draw.choice([b"x", b"\0", b"\0" * 9, bytes(raw[:9])])
+        (folder / f"{number:03}-{kind}.jsonl{ending}").write_bytes(raw)
+    return folder
+
+
+def test_of_damaged_packed_files_the_lines_before_the_damage_are_read(
+    demo: Path, tokenizer: Tokenizer, damaged: Path, tmp_path: Path
+) -> None:
+    texts, faulty = [], []
+    for path in sorted(damaged.iterdir()):
+        reader, got = Reader(Reading()), []
+        for batch in reader.read(describe(path), 0, None):
+            got += batch.texts
+        could, whole = unpacked(path.read_bytes(), path.suffix)
+        theirs = [verdict(line, False) for line in could.split(b"\n")[:-1]]
+        good = [text for kind, text in theirs if kind == "text"]
+        kind = path.name[4:].split(".")[0]
+        if kind == "cut":
+            assert len(good) - 1 <= len(got) <= len(good)  # isal keeps the last byte back until more comes
+        assert got == good[: len(got)], path
+        if not reader.damage:
+            assert len(got) == 60 and (whole or path.suffix == ".gz"), path
+            assert kind in ("none", "head", "flip", "rubbish"), path
+        else:
+            assert kind != "none"
+            faulty.append(str(path))
+        texts += got
+    written = []
+    for part_bytes, workers in ((1200, 1), (4000, 2), (1 << 30, 1)):
+        options = {"part_bytes": part_bytes, "workers": workers, "max_bad": 1.0, "key": "text", "keep_parts": True}
+        meta = tokenize([damaged], demo, tmp_path / f"{part_bytes}", allow_damaged=True, **options)
+        assert list(meta["damaged"]) == faulty and 200 < len(faulty) < 280
+        assert meta["documents"] == len(texts) == meta["lines"] - meta["bad_lines"] - meta["blank_lines"]
+        written.append(everything(tmp_path / f"{part_bytes}"))
+    assert written[0] == written[1] == written[2]
+    assert documents(tmp_path / "1200") == encoded(texts, tokenizer)
+    with pytest.raises(UserError, match=rf"{len(faulty)} file.s. cannot be read to the end: {faulty[0]}: .*--allow"):
+        tokenize([damaged], demo, tmp_path / "refused", max_bad=1.0)
+    assert not list(tmp_path.glob("refused.*n")) and (tmp_path / "refused.parts").exists()
+
+
+def test_each_damaged_file_alone_is_refused_by_name(demo: Path, damaged: Path, tmp_path: Path) -> None:
+    for path in sorted(damaged.glob("*-cut*"))[:40]:
+        with pytest.raises(UserError, match=re.escape(str(path))):
+            tokenize([path], demo, tmp_path / "out", max_bad=1.0, engine="official")
+        assert not (tmp_path / "out.bin").exists()
+
+
+def test_a_file_that_lost_its_beginning_is_no_text(demo: Path, tmp_path: Path) -> None:
+    """A few bad lines among thousands of good ones would hide that a whole file is gone."""
+    lines = b"".join(b'{"text": "%d"}\n' % i for i in range(3000))
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(lines)  # unpacked by whoever fetched it
+    for name, raw in {"c.jsonl.gz": b"", "d.jsonl.zst": b"(", "e.jsonl.gz": b"\0" + gzip.compress(lines)[1:]}.items():
+        (tmp_path / name).write_bytes(raw)
+    meta = tokenize([tmp_path], demo, tmp_path / "out", allow_damaged=True)
+    assert [Path(path).name for path in meta["damaged"]] == ["c.jsonl.gz", "d.jsonl.zst", "e.jsonl.gz"]
+    assert meta["documents"] == 6000 and meta["bad_lines"] == 0
+    assert meta["damaged"][str(tmp_path / "c.jsonl.gz")].startswith("the file is empty")
+
+
+# Parquet and text
+
+
+def test_flipped_bytes_in_parquet_lose_no_row_in_silence(demo: Path, tmp_path: Path) -> None:
+    draw, path = random.Random(6), tmp_path / "a.parquet"
+    words, ends = words_of(demo), Counter[str]()
+    texts = [f"{i} {' '.join(draw.choices(words, k=20))}" for i in range(600)]
+    for codec in ("snappy", "none", "zstd", "gzip"):
+        table = arrow.table({"text": texts, "n": range(len(texts))})
+        parquet.write_table(table, path, row_group_size=90, compression=codec, write_page_checksum=True)
+        raw = path.read_bytes()
+        for _ in range(100):
+            data = bytearray(raw)
+            for _ in range(draw.choice([1, 1, 3, 30])):
+                data[draw.randrange(draw.choice([0, len(data) - 2500]), len(data))] ^= 1 << draw.randrange(8)
+            path.write_bytes(data if draw.random() < 0.8 else data[: draw.randrange(len(data))])
+            file, reader, got, lines = describe(path), Reader(Reading("text")), [], 0
+            try:
+                group_sizes(file)
+                for batch in reader.read(file, 0, None):
+                    got += batch.texts
+                    lines += batch.tally.lines
+                    assert batch.tally.lines == len(batch.texts) + batch.tally.bad_lines
+            except UserError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+                ends["refused"] += 1
+                continue
+            ends["damaged" if reader.damage else "read"] += 1
+            assert got == texts[: len(got)] and (reader.damage or lines == len(texts))
+    assert min(ends.values()) > 50 and len(ends) == 3
+    path.write_bytes(raw[: len(raw) // 2] + b"xxxx" + raw[len(raw) // 2 + 4 :])
+    with pytest.raises(UserError, match=rf"{path}: the Parquet data is damaged .*--allow-damaged"):
+        tokenize([path], demo, tmp_path / "out")
+    assert 90 <= tokenize([path], demo, tmp_path / "out", allow_damaged=True)["documents"] < 600
+
+
+def test_a_parquet_file_without_the_others_column_is_bad_rows(demo: Path, tmp_path: Path) -> None:
+    parquet.write_table(arrow.table({"text": [str(i) for i in range(300)]}), tmp_path / "a.parquet")
+    parquet.write_table(arrow.table({"body": ["x", "y"]}), tmp_path / "b.parquet")
+    meta = tokenize([tmp_path], demo, tmp_path / "out")
+    assert meta["bad_causes"] == {"no key 'text'": 2} and meta["documents"] == 300
+
+
+def test_mutated_text_files_line_by_line(demo: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    draw, words, lines = random.Random(7), words_of(demo), []
+    for _ in range(2000):
+        lines.append(mutated(draw, a_line(draw, words), a_line(draw, words)))
+    path, data = tmp_path / "a.txt", b"\xef\xbb\xbf" + b"\n".join(lines)
+    path.write_bytes(data)
+    texts, bad, blank = [], [], 0
+    for number, line in enumerate(lines_of(data), 1):
+        bare = (line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line).removesuffix(b"\r")
+        try:
+            if len(line) > MAX_LINE:
+                bad.append((number, "line too long"))
+            elif bare.strip(b" \t\r\v\f"):
+                texts.append(bare.decode())
+            else:
+                blank += 1
+        except UnicodeDecodeError:
+            bad.append((number, "broken UTF-8"))
+    for part_bytes in (20_000, 1 << 30):
+        options = {"text_documents": "line", "max_line_bytes": MAX_LINE, "max_bad": 1.0, "part_bytes": part_bytes}
+        meta = tokenize([path], demo, tmp_path / f"{part_bytes}", **options)
+        log = [json.loads(line) for line in (tmp_path / f"{part_bytes}.rejected.jsonl").read_bytes().split(b"\n")[:-1]]
+        assert [(entry["line"], entry["cause"]) for entry in log] == bad and meta["blank_lines"] == blank
+        assert documents(tmp_path / f"{part_bytes}") == encoded(texts, tokenizer)

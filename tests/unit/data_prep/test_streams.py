@@ -29,7 +29,7 @@ PACKINGS: dict[str, Callable[[bytes], bytes]] = {
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few kilobytes exercise what takes gigabytes otherwise."""
     monkeypatch.setattr(streams, "PLAIN_BLOCK", 37)
-    monkeypatch.setattr(streams, "PACKED_BLOCK", 23)
+    monkeypatch.setattr(streams, "PACKED_BLOCKS", {streams.GZIP: 23, streams.ZSTD: 23})
 
 
 def lines_of(path: Path, cuts: list[int], block: int = 64, longest: int = 1 << 20, keep: bool = False) -> list[object]:
