@@ -95,7 +95,12 @@ def check_inputs(recipe: Recipe) -> None:
         raise UserError(
             f"recipe {recipe.name}: data.train names no token files; give a prefix made by herd prep tokenize", 2
         )
-    open_sources((*recipe.data.train, *recipe.data.validation), thorough=True)
+    if recipe.chat is not None:
+        from llama.chat.encoded import check_chat
+
+        check_chat(recipe)
+    else:
+        open_sources((*recipe.data.train, *recipe.data.validation), thorough=True)
     if recipe.train.init_from:
         from llama import hf
 

@@ -225,6 +225,30 @@ class Data(Section):
         return self
 
 
+class Chat(Section):
+    """Fine-tuning on conversations: data.train and data.validation then name files of them, not token files.
+
+    What is trained are the assistant's turns. Positions and attention are each example's own. The tokenizer is
+    data.tokenizer, else the one beside train.init_from.
+    """
+
+    format: str = "auto"
+    """Format of the files: alpaca, prompt, sharegpt, messages, qnli, …; told from each file's records by auto."""
+    template: str = "tokenizer"
+    """tokenizer: the chat template that came with it; alpaca, alpaca_newline, plain, chatml, llama3; or a .jinja file."""
+    loss: Literal["all", "last"] = "all"
+    """Which of the assistant's turns are trained, where a turn does not say so itself (`train`, `weight`)."""
+    truncation: Literal["error", "drop", "split", "left"] = "error"
+    """A conversation longer than data.seq_length: refuse it; drop it; split it at turns, the system prompt repeated;
+    cut its prompt's left side."""
+    pack: bool = True
+    """Put several examples in one sequence, apart from one another; false pads each to the full length."""
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of records that may be unreadable, or refused by the template, and are left out."""
+    cache: str | None = None
+    """Folder of the encoded examples, which runs may share and all nodes see; RUN/chat when not given."""
+
+
 ScheduleName = Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble"]
 LOOPED = ("interleaved_1f1b", "interleaved_zero_bubble", "zbv_zero_bubble")
 ZERO_BUBBLE = ("interleaved_zero_bubble", "zbv_zero_bubble")
@@ -419,6 +443,8 @@ class Recipe(Section):
     """Folder of the run; runs/NAME when empty."""
     model: Model
     data: Data
+    chat: Chat | None = None
+    """Given: train on conversations."""
     train: Train
     parallel: Parallel = Parallel()
     optimizer: Optimizer = Optimizer()
@@ -431,6 +457,15 @@ class Recipe(Section):
     @property
     def folder(self) -> str:
         return self.run_dir or f"runs/{self.name}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_apart(cls, keys: Any) -> Any:
+        """Packed conversations are kept apart unless the recipe says something about it."""
+        chat, data = (keys.get("chat"), keys.get("data")) if isinstance(keys, dict) else (None, None)
+        if isinstance(chat, dict) and isinstance(data, dict) and "document_mask" not in data:
+            return {**keys, "data": {**data, "document_mask": chat.get("pack", True)}}
+        return keys
 
     @property
     def tokens_per_step(self) -> int:
@@ -485,6 +520,15 @@ class Recipe(Section):
             )
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(f"schedule.min_lr={self.schedule.min_lr} is above optimizer.lr={self.optimizer.lr}")
+        if self.chat is not None:
+            if self.chat.pack and not self.data.document_mask:
+                raise ValueError(
+                    "chat.pack=true needs data.document_mask=true: packed examples must not see each other"
+                )
+            if self.data.mask_eod_loss:
+                raise ValueError("data.mask_eod_loss is for token files; conversations train the end of each answer")
+            if any(source.weight != 1 for source in (*self.data.train, *self.data.validation)):
+                raise ValueError("data.train: conversations take no weight, epochs or tokens; name the files alone")
         if self.data.mask_eod_loss and self.data.eod is None and not self.data.train:
             raise ValueError("data.mask_eod_loss needs data.eod, the id of the end-of-document token")
         return self

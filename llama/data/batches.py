@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from data_prep.errors import UserError
 
 IGNORED = -100  # the label of what is not trained, as torch's cross_entropy has it
+Arrays = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]
+"""tokens, labels, positions, documents, as in Batch."""
 
 
 class SampleSource(Protocol):
@@ -114,6 +116,11 @@ class Batches:
         return [self._batch(numbers, cursor) for numbers in self.sample_numbers(cursor)]
 
     def _batch(self, numbers: list[int], cursor: int) -> Batch:
+        tokens, labels, positions, documents = map(torch.from_numpy, self._arrays(numbers))
+        return Batch(tokens, labels, positions, documents, cursor)
+
+    def _arrays(self, numbers: list[int]) -> Arrays:
+        """What the samples of one micro-batch are, each array (B, S)."""
         samples = np.stack([self.samples[i] for i in numbers])
         self._check_ids(samples, numbers)
         tokens, labels = samples[:, :-1].copy(), samples[:, 1:].copy()
@@ -126,13 +133,7 @@ class Batches:
             begins[:, 1:] = tokens[:, :-1] == self.eod
             documents = np.cumsum(begins, axis=1, dtype=np.int32)
             positions = positions - np.maximum.accumulate(np.where(begins, positions, 0), axis=1)
-        return Batch(
-            torch.from_numpy(tokens),
-            torch.from_numpy(labels),
-            torch.from_numpy(positions),
-            torch.from_numpy(documents),
-            cursor,
-        )
+        return tokens, labels, positions, documents
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """From now on refuse ids outside 0..vocab_size - 1 when a batch is read; the first sample is looked at now.

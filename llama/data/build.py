@@ -28,9 +28,14 @@ def build_data(
     The order is laid out for data.order_samples (train.steps × global_batch_size when not given): a resumed run must
     be given the number it began with, or what was trained on already comes again in another order. Validation lays
     out validation.batches × global_batch_size samples; reading it from cursor 0 gives the same ones each time.
-    `say` is told what the run draws from each source. Raises UserError for a missing or damaged file, too little text,
-    an unknown eod, ids beyond the vocabulary, a blend whose numbers contradict one another.
+    `say` is told what the run draws from each source. With `chat:` in the recipe the files are conversations.
+    Raises UserError for a missing or damaged file, too little text, an unknown eod, ids beyond the vocabulary, a blend
+    whose numbers contradict one another.
     """
+    if recipe.chat is not None:
+        from llama.chat.dataset import build_chat  # only here: most runs need no templates
+
+        return build_chat(recipe, data_rank, data_size, say)
     data, batch = recipe.data, recipe.train.global_batch_size
     if not data.train:
         raise UserError(

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from data_prep.errors import UserError
 from llama import hf
 from llama import recipe as recipes
+from llama.chat.together import encode_together
 from llama.checkpoint_format import TrainState
 from llama.config import Recipe
 from llama.data.batches import IGNORED, Batch, Batches
@@ -93,6 +94,7 @@ def train(recipe: Recipe, stop: StopRequest | None = None, graphs: Graphs | None
         state = resumed or TrainState()
         journal.event("resume" if resumed else "fresh", step=state.step)
         recipe = settle_order(recipe, state)
+        encode_together(recipe, say)
         data, validation = build_data(recipe, mesh.data_rank, layout.data, say)
         check_same_data(recipe, state, data)
         metrics = Metrics(recipe, device, layout.world, journal, state.step)

@@ -1,0 +1,1 @@
+"""Conversations as training examples: templates, which tokens are trained, packing, batches."""
