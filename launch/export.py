@@ -58,8 +58,8 @@ def _tokenizer(recipe: Recipe, given: str | None) -> tuple[Path | None, bool]:
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to write.")
 @click.option("--step", type=click.IntRange(min=0), help="Which checkpoint; the newest complete one when not given.")
 @click.option(
-    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True,
-    help="Type of the written weights.",
+    "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Type of the written weights. [default: bfloat16, of an adapter float32]",
 )  # fmt: skip
 @click.option("--tokenizer", help="Tokenizer file or folder; the run's own when not given.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier export.")
@@ -67,9 +67,17 @@ def _tokenizer(recipe: Recipe, given: str | None) -> tuple[Path | None, bool]:
     "--verify/--no-verify", default=None, help="Compare checksums first. [default: the recipe's checkpoint.verify]"
 )
 def command(
-    run: Path, to: Path, step: int | None, dtype: str, tokenizer: str | None, overwrite: bool, verify: bool | None
+    run: Path,
+    to: Path,
+    step: int | None,
+    dtype: str | None,
+    tokenizer: str | None,
+    overwrite: bool,
+    verify: bool | None,
 ) -> None:
     """Write a checkpoint of RUN as a directory that transformers, vLLM and others load.
+
+    A run with adapters (lora.rank) is written as PEFT's adapter; herd merge makes a whole model of it.
 
     \b
     herd export runs/tiny_cpu --to exported
@@ -88,9 +96,15 @@ def command(
     if wrong:
         raise UserError(f"{checkpoint.name} is damaged: {wrong}; choose another --step")
     began = time.monotonic()
-    hf.export(checkpoint, recipe, to, dtype, source, add_bos, overwrite)
+    if recipe.lora.rank:
+        dtype = dtype or "float32"
+        hf.export_adapter(checkpoint, recipe, to, dtype, source, overwrite)
+    else:
+        dtype = dtype or "bfloat16"
+        hf.export(checkpoint, recipe, to, dtype, source, add_bos, overwrite)
     size = sum(path.stat().st_size for path in to.glob("*.safetensors"))
+    what = "adapter, " if recipe.lora.rank else ""
     click.echo(
-        f"{checkpoint.name} -> {to}: {size / 1e6:,.1f} MB in {dtype}, {time.monotonic() - began:.1f} s"
+        f"{checkpoint.name} -> {to}: {what}{size / 1e6:,.1f} MB in {dtype}, {time.monotonic() - began:.1f} s"
         + ("" if source else "; without a tokenizer, none is known for this run")
     )

@@ -105,6 +105,16 @@ def check_inputs(recipe: Recipe) -> None:
         from llama import hf
 
         hf.checkpoint_reader(recipe.train.init_from, recipe.model)  # reads headers only
+    elif recipe.lora.rank:
+        raise UserError(
+            f"recipe {recipe.name}: lora.rank={recipe.lora.rank} trains adapters on weights that stay as they are; "
+            "give them as train.init_from=DIRECTORY",
+            2,
+        )
+    if recipe.lora.init_from:
+        from llama import hf
+
+        hf.adapter_reader(recipe.lora.init_from, recipe)
     folder = Path(recipe.folder)
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):

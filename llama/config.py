@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from llama.targets import HEAD, HF_MODULES, ROW_PARALLEL, adapted, linear_shape
+
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 
@@ -384,6 +386,51 @@ class Train(Section):
     guard: Guard = Guard()
 
 
+def _names(value: Any) -> Any:
+    """Accept q,v for a list of names."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+class Lora(Section):
+    """Adapters on a frozen base (LoRA, Hu et al. 2021; QLoRA, Dettmers et al. 2023); only they are trained and saved."""
+
+    rank: NonNegative = 0
+    """Width of the adapters; 0: none, everything is trained."""
+    alpha: Annotated[float, Field(gt=0)] = 8.0
+    """What an adapter adds is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs set to zero in training; a pure function of seed, step, adapter and input."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Train the length of each row of a weight apart from its direction (Liu et al. 2024)."""
+    targets: Annotated[tuple[str, ...], BeforeValidator(_names), Field(min_length=1)] = ("q", "v")
+    """Linears that get an adapter: q or q_proj, k, v, o, gate, up, down, lm_head; attention, mlp, all-linear (all but
+    lm_head); or a regular expression that matches whole names such as model.layers.0.self_attn.q_proj."""
+    bias: Literal["none"] = "none"
+    """Llama's linears have no biases, so there are none to train."""
+    init_from: str | None = None
+    """Folder with a PEFT adapter that training starts from; a random one when not given."""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Type in which the frozen linears of the blocks are held; as they are computed with when null."""
+    double_quantization: bool = True
+    """nf4: hold the scales of its blocks in 8 bits too, 4.127 instead of 4.5 bits a weight."""
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's product is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @model_validator(mode="after")
+    def _check(self) -> Lora:
+        given = [key for key in ("init_from", "quantize", "dora", "rslora") if getattr(self, key)]
+        if given and not self.rank:
+            raise ValueError(
+                f"{given[0]}={getattr(self, given[0])} is for adapters and there are none; set lora.rank, such as lora.rank=8"
+            )
+        return self
+
+
 class Validation(Section):
     """Loss on held-out samples, the same ones each time."""
 
@@ -449,14 +496,11 @@ class Recipe(Section):
     parallel: Parallel = Parallel()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
+    lora: Lora = Lora()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     resilience: Resilience = Resilience()
     log: Log = Log()
-
-    @property
-    def folder(self) -> str:
-        return self.run_dir or f"runs/{self.name}"
 
     @model_validator(mode="before")
     @classmethod
@@ -466,6 +510,10 @@ class Recipe(Section):
         if isinstance(chat, dict) and isinstance(data, dict) and "document_mask" not in data:
             return {**keys, "data": {**data, "document_mask": chat.get("pack", True)}}
         return keys
+
+    @property
+    def folder(self) -> str:
+        return self.run_dir or f"runs/{self.name}"
 
     @property
     def tokens_per_step(self) -> int:
@@ -520,6 +568,7 @@ class Recipe(Section):
             )
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(f"schedule.min_lr={self.schedule.min_lr} is above optimizer.lr={self.optimizer.lr}")
+        self._check_lora()
         if self.chat is not None:
             if self.chat.pack and not self.data.document_mask:
                 raise ValueError(
@@ -532,3 +581,36 @@ class Recipe(Section):
         if self.data.mask_eod_loss and self.data.eod is None and not self.data.train:
             raise ValueError("data.mask_eod_loss needs data.eod, the id of the end-of-document token")
         return self
+
+    def _check_lora(self) -> None:
+        """Adapters and a quantised base must fit the model and the layout."""
+        lora, model, tp = self.lora, self.model, self.parallel.tensor_parallel
+        if not lora.rank:
+            return
+        names = adapted(lora.targets, model.num_layers)
+        if HEAD in names and model.tie_embeddings:
+            raise ValueError(
+                "lora.targets has lm_head, whose weights are the embedding's here (model.tie_embeddings=true), so it could "
+                "not be merged; leave it out"
+            )
+        if HEAD in names and lora.dora and lora.dropout:
+            raise ValueError("lora.dora on lm_head takes no lora.dropout; set it to 0, or leave lm_head out")
+        bare = set(range(model.num_layers)) - {int(name.split(".")[1]) for name in names if name != HEAD}
+        if bare and self.parallel.stages > 1:
+            raise ValueError(
+                f"lora.targets leave layer {min(bare)} without an adapter, and a pipeline stage needs something to train; "
+                "target some linear of every layer, or set parallel.pipeline_parallel=1"
+            )
+        if lora.quantize is None:
+            return
+        widths = {name: linear_shape(f"layers.0.{name}", model)[1] for name in HF_MODULES}
+        for name, width in widths.items():
+            cut = tp if name in ROW_PARALLEL else 1
+            if width % (64 * cut):
+                over = f" over {cut} tensor ranks" if width % 64 == 0 else ""
+                raise ValueError(
+                    f"lora.quantize=nf4 has blocks of 64 weights along a row, and the {width} of {name} do not divide{over}; "
+                    + ("use a smaller parallel.tensor_parallel, or " if over else "use ")
+                    + "lora.quantize=int8"
+                )
+        raise ValueError("lora.quantize is not supported yet; leave it out")  # QUANT

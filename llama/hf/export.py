@@ -11,6 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,8 @@ Reader = Callable[[str], torch.Tensor]
 """Our parameter's name to its values, whole, on the CPU or elsewhere; padded rows of the vocabulary may follow."""
 
 
-def _open_checkpoint(checkpoint: Path, config: Model) -> Reader:
-    """Reads one parameter at a time from a DCP folder; UserError unless all that the model needs is there."""
+def open_checkpoint(checkpoint: Path, shapes: Mapping[str, tuple[int, ...]]) -> Reader:
+    """Reads one parameter at a time from a DCP folder; UserError unless all of `shapes` is there."""
     from llama.checkpoint_format import SafeReader  # the engine behind it takes 0.8 s to load, and imports need it not
 
     reader = SafeReader(checkpoint)
@@ -49,7 +50,6 @@ def _open_checkpoint(checkpoint: Path, config: Model) -> Reader:
     # DCP asks again at each tensor, and the index of a thousand ranks takes seconds to unpickle.
     reader.read_metadata = lambda *args, **kwargs: metadata  # type: ignore[method-assign]
     stored = metadata.state_dict_metadata
-    shapes = parameter_shapes(config)
     missing = [f"model.{name}" for name in shapes if f"model.{name}" not in stored]
     if missing:
         raise UserError(f"{checkpoint}: {some(missing)} missing; is this a checkpoint of this recipe's model?")
@@ -144,15 +144,24 @@ def _write_weights(folder: Path, config: Model, read: Reader, dtype: torch.dtype
         weight_map |= {hf_name(name): file for name in names}
     total = sum(torch.Size(shape).numel() for shape in shapes.values())
     metadata = {"total_parameters": total, "total_size": total * dtype.itemsize}
-    _write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
+    write_json(folder / "model.safetensors.index.json", {"metadata": metadata, "weight_map": weight_map})
 
 
-def _write_json(path: Path, keys: Mapping[str, Any]) -> None:
+def write_json(path: Path, keys: Mapping[str, Any]) -> None:
     with path.open("w", encoding="utf-8") as file:
         json.dump(keys, file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    """Until the file's bytes are on the disk."""
+    handle = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -163,7 +172,7 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _check_target(to: Path, overwrite: bool) -> None:
+def _check_target(to: Path, overwrite: bool, mark: str) -> None:
     """Refuse to lose anything that is not an earlier export."""
     if not to.exists():
         return
@@ -172,9 +181,10 @@ def _check_target(to: Path, overwrite: bool) -> None:
     held = list(to.iterdir())
     if held and not overwrite:
         raise UserError(f"{to}: is not empty; choose another folder, or --overwrite replaces it", 2)
-    if held and (not (to / "config.json").is_file() or any(path.is_dir() for path in held)):
+    if held and (not (to / mark).is_file() or any(path.is_dir() for path in held)):
         raise UserError(
-            f"{to}: holds something else than an exported model and is not replaced; choose another folder", 2
+            f"{to}: holds something else than an earlier export (no {mark}) and is not replaced; choose another folder",
+            2,
         )
 
 
@@ -197,8 +207,8 @@ def _token_ids(tokenizer: Path | None, config: Model) -> dict[str, Any]:
     return {"bos_token_id": loaded.bos, "eos_token_id": loaded.eod} | keys
 
 
-def _write_tokenizer(tokenizer: Path, folder: Path, add_bos: bool) -> None:
-    """The files of a Hugging Face directory as they are; of any other tokenizer what transformers needs."""
+def write_tokenizer(tokenizer: Path, folder: Path, add_bos: bool) -> None:
+    """Tokenizer files: the files of a Hugging Face directory as they are; of any other tokenizer what transformers needs."""
     if tokenizer.is_dir() and (tokenizer / "tokenizer_config.json").is_file():
         for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", *HF_FILES):
             if (tokenizer / name).is_file():
@@ -207,26 +217,14 @@ def _write_tokenizer(tokenizer: Path, folder: Path, add_bos: bool) -> None:
         load_tokenizer(tokenizer).save_for_transformers(folder, add_bos=add_bos)
 
 
-def _write_directory(
-    to: Path,
-    config: Model,
-    read: Reader,
-    dtype: str,
-    tokenizer: Path | None,
-    add_bos: bool,
-    overwrite: bool,
-    max_shard_size: int,
-) -> None:
-    """The whole directory, written aside as `to`.tmp and renamed when every byte is on the disk."""
-    if getattr(torch, dtype, None) not in SAFETENSORS:
-        raise UserError(f"dtype {dtype!r}: weights are written as bfloat16, float16 or float32", 2)
-    kind: torch.dtype = getattr(torch, dtype)
-    to = to.resolve()
-    _check_target(to, overwrite)
-    ids = _token_ids(tokenizer, config)
-    keys = config_json(config, dtype, ids.get("bos_token_id"), ids.get("eos_token_id"))
+@contextmanager
+def whole_directory(to: Path, overwrite: bool, size: int, mark: str = "config.json") -> Iterator[Path]:
+    """A folder to write aside, `to`.tmp, renamed to `to` when every byte is on the disk; nothing stays of a failure.
+
+    `size`: bytes it will take. `mark`: the file that an earlier export, which `overwrite` may replace, has.
+    """
+    _check_target(to, overwrite, mark)
     aside, old = (to.with_name(to.name + ending) for ending in (".tmp", ".old"))
-    size = sum(torch.Size(shape).numel() for shape in parameter_shapes(config).values()) * kind.itemsize
     try:
         shutil.rmtree(aside, ignore_errors=True)  # of an export that was interrupted
         aside.mkdir(parents=True)
@@ -235,11 +233,7 @@ def _write_directory(
             raise UserError(
                 f"{to}: the export takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; choose another disk"
             )
-        _write_json(aside / "config.json", keys)
-        _write_json(aside / "generation_config.json", {"_from_model_config": True} | ids)
-        if tokenizer is not None:
-            _write_tokenizer(tokenizer, aside, add_bos)
-        _write_weights(aside, config, read, kind, max_shard_size)
+        yield aside
         _sync_folder(aside)
         if to.exists() and any(to.iterdir()):
             shutil.rmtree(old, ignore_errors=True)
@@ -256,6 +250,33 @@ def _write_directory(
         raise UserError(f"{to}: cannot be written: {error.strerror or error}; nothing was left half-written") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def write_directory(
+    to: Path,
+    config: Model,
+    read: Reader,
+    dtype: str,
+    tokenizer: Path | None,
+    add_bos: bool,
+    overwrite: bool,
+    max_shard_size: int,
+) -> None:
+    """The whole directory, from a reader of our parameters."""
+    if getattr(torch, dtype, None) not in SAFETENSORS:
+        raise UserError(f"dtype {dtype!r}: weights are written as bfloat16, float16 or float32", 2)
+    kind: torch.dtype = getattr(torch, dtype)
+    to = to.resolve()
+    _check_target(to, overwrite, "config.json")
+    ids = _token_ids(tokenizer, config)
+    keys = config_json(config, dtype, ids.get("bos_token_id"), ids.get("eos_token_id"))
+    size = sum(torch.Size(shape).numel() for shape in parameter_shapes(config).values()) * kind.itemsize
+    with whole_directory(to, overwrite, size) as aside:
+        write_json(aside / "config.json", keys)
+        write_json(aside / "generation_config.json", {"_from_model_config": True} | ids)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, aside, add_bos)
+        _write_weights(aside, config, read, kind, max_shard_size)
 
 
 def export(
@@ -282,9 +303,9 @@ def export(
     Memory: one tensor as stored, plus one rank's part of it while that is read. Raises UserError.
     """
     config = recipe.model if isinstance(recipe, Recipe) else recipe
-    read = _open_checkpoint(Path(checkpoint), config)
+    read = open_checkpoint(Path(checkpoint), parameter_shapes(config))
     source = None if tokenizer is None else Path(tokenizer)
-    _write_directory(Path(to), config, read, dtype, source, add_bos, overwrite, max_shard_size)
+    write_directory(Path(to), config, read, dtype, source, add_bos, overwrite, max_shard_size)
 
 
 def save_model(
@@ -299,4 +320,4 @@ def save_model(
     """A whole model in this process's memory as a Hugging Face directory; otherwise as `export`."""
     parameters = dict(model.named_parameters())
     source = None if tokenizer is None else Path(tokenizer)
-    _write_directory(Path(to), model.config, parameters.__getitem__, dtype, source, add_bos, overwrite, max_shard_size)
+    write_directory(Path(to), model.config, parameters.__getitem__, dtype, source, add_bos, overwrite, max_shard_size)

@@ -80,7 +80,7 @@ class Entry(NamedTuple):
     shape: tuple[int, ...]
 
 
-def _header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file; UserError when bytes are missing."""
     damaged = f"{path}: is truncated or not a safetensors file; fetch it again"
     try:
@@ -113,7 +113,7 @@ def find_tensors(directory: str | Path) -> dict[str, Entry]:
     folder = Path(directory)
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.is_file():  # where both are, transformers takes this one too
-        return _header(single)
+        return read_header(single)
     if not index.is_file():
         if not folder.is_dir():
             raise UserError(f"{folder}: no such directory; give a Hugging Face model directory", 2)
@@ -133,7 +133,7 @@ def find_tensors(directory: str | Path) -> dict[str, Entry]:
     gone = [file for file in files if not (folder / file).is_file()]
     if gone:
         raise UserError(f"{folder}: {some(gone)} of {index.name} missing; fetch the rest of the checkpoint")
-    headers = {file: _header(folder / file) for file in sorted(files)}
+    headers = {file: read_header(folder / file) for file in sorted(files)}
     lost = [name for name, file in weight_map.items() if name not in headers[file]]
     if lost:
         raise UserError(f"{index}: {some(lost)} not in the file it names; fetch index and files of one version")

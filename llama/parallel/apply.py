@@ -1,6 +1,6 @@
 """The one place that says in which order the techniques are laid over the network.
 
-Pipeline splits the layers first of all; then, on each stage: tensor/sequence → selective checkpointing → compile per
+Pipeline splits the layers first of all; then, on each stage: adapters → tensor/sequence → selective checkpointing → compile per
 block → full checkpointing → FSDP/HSDP → memory → weights.
 """
 
@@ -15,12 +15,14 @@ from llama.data.batches import Batch
 from llama.device import Device
 from llama.model.init import initial_rows
 from llama.model.llama import Llama
+from llama.model.lora import adapt, set_dropout_key
+from llama.parallel.adapters import with_adapters
 from llama.parallel.compile import compile_blocks
 from llama.parallel.fsdp import last_micro_batch, reshard, shard
 from llama.parallel.mesh import Mesh
 from llama.parallel.pipeline import Pipeline, TiedEnds, rank_stages, stage_layers
 from llama.parallel.remat import recompute
-from llama.parallel.shards import Box, fill_parameters
+from llama.parallel.shards import Box, fill_parameters, trainable
 from llama.parallel.tensor import tensor_parallel
 
 
@@ -34,13 +36,14 @@ class ParallelLlama:
         self.tied_ends = TiedEnds(parts, recipe, mesh) if piped and recipe.model.tie_embeddings else None
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Every parameter of this rank once, by its name in the whole model; a tied output goes by the embedding's name.
+        """Every trained parameter of this rank once, by its name in the whole model; a tied output goes by the
+        embedding's name.
 
         Where both copies of a tied embedding are on this rank the first alone is named.
         """
         seen = set()
         for part in self.parts:
-            for name, parameter in part.named_parameters():
+            for name, parameter in trainable(part):
                 if self.tied_ends is not None and name == "head.weight":
                     name = "embed.weight"
                 if name not in seen:
@@ -49,7 +52,7 @@ class ParallelLlama:
 
     def optimized_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """Every parameter that needs an optimizer step here; both copies of a tied embedding, which stay equal."""
-        return [(name, parameter) for part in self.parts for name, parameter in part.named_parameters()]
+        return [(name, parameter) for part in self.parts for name, parameter in trainable(part)]
 
     def counted_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """What this rank adds to a norm over the whole model: a tied embedding counts on the first stage alone."""
@@ -66,6 +69,9 @@ class ParallelLlama:
 
     def forward_backward(self, batches: Sequence[Batch]) -> torch.Tensor:
         """Gradients (sums over the trained tokens, over all data ranks) of one step; this rank's summed loss, shape ()."""
+        if self.recipe.lora.dropout:
+            for part in self.parts:
+                set_dropout_key(part.train(), self.recipe.train.seed, batches[0].cursor)
         if self.pipeline is not None:
             loss = self.pipeline.forward_backward(batches)
         else:
@@ -75,13 +81,16 @@ class ParallelLlama:
                 part = model(*self._inputs(batch)).sum()
                 part.backward()
                 loss = loss + part.detach()
-        if self.tied_ends is not None:
+        if self.tied_ends is not None and not self.recipe.lora.rank:
             self.tied_ends.sum_gradients()
         return loss
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> torch.Tensor:
         """This rank's summed loss without gradients, shape ()."""
+        if self.recipe.lora.dropout:
+            for part in self.parts:
+                part.eval()
         if self.pipeline is not None:
             loss = self.pipeline.evaluate(batches)
         else:
@@ -97,21 +106,30 @@ def parallelize(
     device: Device,
     read: Callable[[str, Box], torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
+    read_adapter: Callable[[str, Box], torch.Tensor] | None = None,
 ) -> ParallelLlama:
     """Build the network of `recipe` over `mesh`, with weights from `read` or, without it, drawn from train.seed.
 
     Never holds more than this rank's shard plus one parameter. `dtype` overrides the weights' type (float64 in tests).
+    Under adapters the frozen base is held in the type that is computed with.
     """
     p, t = recipe.parallel, recipe.train
     weights = dtype or (torch.bfloat16 if t.precision == "bf16_sr" else torch.float32)
     compute = torch.bfloat16 if t.precision == "bf16_mixed" else weights
     # Over one data rank FSDP would only copy, unless it is what casts weights to bf16.
-    sharded = mesh.layout.data > 1 or compute != weights
+    lora = recipe.lora
+    base = compute if lora.rank else weights
+    sharded = mesh.layout.data > 1 or compute != base
+    read = read or initial_weights(recipe)
+    if lora.rank:
+        read = with_adapters(recipe, read, base, read_adapter)
 
     parts = []
     for stage in rank_stages(mesh.stage_rank, p) if p.pipeline_parallel > 1 else [0]:
         with torch.device("meta"):
-            part = Llama(recipe.model, stage_layers(stage, p.stages, recipe.model.num_layers)).to(weights)
+            part = Llama(recipe.model, stage_layers(stage, p.stages, recipe.model.num_layers)).to(base)
+            if lora.rank:
+                adapt(part, lora, weights)
         if part.head is not None:
             part.head.loss_chunk = t.loss_chunk
         if p.tensor_parallel > 1:
@@ -123,10 +141,11 @@ def parallelize(
         if t.activation_checkpointing == "full":  # round it: inside, torch 2.13 fails under tensor parallelism
             recompute(part, "full")
         if sharded:
-            shard(part, mesh.fsdp, t.precision, p.reshard)
+            # Of adapters FSDP casts nothing: they cast themselves, and the base is what it is computed with.
+            shard(part, mesh.fsdp, "fp32" if lora.rank and t.precision == "bf16_mixed" else t.precision, p.reshard)
         part.to_empty(device=device.torch())
         part.tie()
-        fill_parameters(part, read or initial_weights(recipe))
+        fill_parameters(part, read)
         parts.append(part)
     return ParallelLlama(parts, recipe, mesh, device.torch(), compute)
 

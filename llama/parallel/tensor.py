@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from llama.model.llama import Embedding, Head, Llama
+from llama.model.lora import Adapter, FrozenLinear, Whole
 from llama.model.loss import Vocabulary
 
 
@@ -81,7 +82,11 @@ class VocabularyParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, (Embedding, Head))
         rows = module.weight.shape[0] // device_mesh.size()
-        module.weight = nn.Parameter(distribute_tensor(module.weight.data, device_mesh, [Shard(0)]))
+        if isinstance(module, Adapter):
+            _cut(module, device_mesh, COLUMN)
+            module.cut = Cut(device_mesh, COLUMN)
+        else:
+            module.weight = nn.Parameter(distribute_tensor(module.weight.data, device_mesh, [Shard(0)]))
         module.vocabulary = SharedVocabulary(device_mesh, self.outside, rows)
         return module
 
@@ -96,8 +101,72 @@ class ReplicatedNorm(ParallelStyle):
         return style._apply(module, device_mesh)
 
 
+COLUMN: dict[str, Placement] = {"lora_a": Replicate()}
+ROW: dict[str, Placement] = {"weight": Shard(1), "lora_a": Shard(1), "lora_b": Replicate(), "magnitude": Replicate()}
+"""How a linear's parameters are cut along its output or its input; what is not named is cut by rows."""
+
+
+def _cut(module: nn.Module, mesh: DeviceMesh, placements: dict[str, Placement]) -> None:
+    """Distribute the module's own parameters, in place."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        spread = distribute_tensor(parameter.data, mesh, [placements.get(name, Shard(0))])
+        setattr(module, name, nn.Parameter(spread, parameter.requires_grad))
+
+
+class Cut(Whole):
+    """A linear whose output is cut over the tensor ranks: everyone reads the whole input and writes some columns."""
+
+    def __init__(self, mesh: DeviceMesh, placements: dict[str, Placement]):
+        self.mesh, self.placements = mesh, placements
+
+    def own(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        if not isinstance(parameter, DTensor):
+            return parameter
+        # What every rank holds whole gets from each the part of its gradient that comes through the rank's share.
+        placement = self.placements.get(name, Shard(0))
+        return parameter.to_local(grad_placements=[Partial() if placement.is_replicate() else placement])
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        if not isinstance(x, DTensor):
+            x = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
+        return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+
+
+class RowCut(Cut):
+    """A linear whose input is cut: each rank has some columns of x, and what they give is summed with what the
+    adapter's give, which is linear too."""
+
+    def __init__(self, mesh: DeviceMesh, outside: Placement):
+        super().__init__(mesh, ROW)
+        self.outside = outside
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def leave(self, y: torch.Tensor) -> torch.Tensor:
+        joined = DTensor.from_local(y, self.mesh, [Partial()], run_check=False)
+        return joined.redistribute(placements=[self.outside]).to_local()
+
+    def total(self, x: torch.Tensor) -> torch.Tensor:
+        return DTensor.from_local(x, self.mesh, [Partial()], run_check=False).full_tensor()
+
+
+class FrozenParallel(ParallelStyle):
+    """Cuts a FrozenLinear and its adapter along its output, or its input where `outside` says how its output is laid."""
+
+    def __init__(self, outside: Placement | None = None):
+        self.outside = outside
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        assert isinstance(module, FrozenLinear)
+        _cut(module, device_mesh, COLUMN if self.outside is None else ROW)
+        module.cut = Cut(device_mesh, COLUMN) if self.outside is None else RowCut(device_mesh, self.outside)
+        return module
+
+
 def tensor_parallel(model: Llama, mesh: DeviceMesh, sequence_parallel: bool) -> None:
     """Cut `model` (a stage or the whole) over the tensor axis, in place."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     outside: Placement = Shard(1) if sequence_parallel else Replicate()
     norm: ParallelStyle = SequenceParallel() if sequence_parallel else ReplicatedNorm()
     block_plan: dict[str, ParallelStyle] = {
@@ -116,7 +185,14 @@ def tensor_parallel(model: Llama, mesh: DeviceMesh, sequence_parallel: bool) -> 
         "mlp.down": RowwiseParallel(output_layouts=outside),
     }
     for block in model.layers.values():
-        parallelize_module(block, mesh, block_plan)
+        plan = block_plan | {
+            name: FrozenParallel(outside if isinstance(style, RowwiseParallel) else None)
+            for name, style in block_plan.items()
+            if isinstance(block.get_submodule(name), FrozenLinear)
+        }
+        parallelize_module(block, mesh, plan)
     ends = {"embed": VocabularyParallel(outside), "norm": norm, "head": VocabularyParallel(outside)}
     parallelize_module(model, mesh, {name: style for name, style in ends.items() if getattr(model, name) is not None})
     model.tie()  # cutting a shared weight makes two of it
+    for name, parameter in model.named_parameters():  # torch's styles make every parameter anew, to be trained
+        parameter.requires_grad_(name not in frozen)

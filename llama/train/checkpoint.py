@@ -35,6 +35,7 @@ from llama.checkpoint_format import (
 from llama.config import Recipe
 from llama.parallel.apply import ParallelLlama
 from llama.run_folder import DAMAGED, MANIFEST, PREFIX, Lock, complete, step_of
+from llama.targets import adapted
 from llama.train.journal import Journal
 
 
@@ -97,7 +98,7 @@ class Checkpoints:
         self.stager = BlockingAsyncStager()
 
     def _tensors(self) -> dict[str, Any]:
-        """Weights and moments by the key they are saved under; moments are made when there are none yet."""
+        """Trained weights and moments by the key they are saved under; moments are made when there are none yet."""
         tensors: dict[str, Any] = {}
         for name, parameter in self.model.named_parameters():
             tensors[f"model.{name}"] = parameter.detach()
@@ -197,6 +198,7 @@ class Checkpoints:
             "format": FORMAT,
             "state": asdict(state),
             "model": self.recipe.model.model_dump(mode="json"),
+            "lora": _adapter_shape(self.recipe),
             "precision": self.recipe.train.precision,
             "ranks": len({name.split("_")[2] for name in files if name.startswith("__")}),
             "files": files,
@@ -269,6 +271,13 @@ class Checkpoints:
             raise UserError(
                 f"{checkpoint} is of another model (model.{keys}); use the run's own recipe or another run_dir", 2
             )
+        there, here = manifest.get("lora"), _adapter_shape(self.recipe)
+        if there != here:
+            raise UserError(
+                f"{checkpoint} has {_adapter_words(there)} and the recipe {_adapter_words(here)}; use the run's own recipe "
+                "or another run_dir",
+                2,
+            )
         tensors = self._tensors()
         reader = SafeReader(checkpoint)
         try:
@@ -289,6 +298,23 @@ class Checkpoints:
         for _, parameter in self.model.optimized_parameters():
             self._moments(parameter)["step"].fill_(state.updates)
         return state
+
+
+def _adapter_shape(recipe: Recipe) -> dict[str, Any] | None:
+    """What of the recipe decides which adapters a checkpoint holds; None where it holds the model."""
+    lora = recipe.lora
+    if not lora.rank:
+        return None
+    return {"rank": lora.rank, "dora": lora.dora, "targets": adapted(lora.targets, recipe.model.num_layers)}
+
+
+def _adapter_words(shape: dict[str, Any] | None) -> str:
+    if shape is None:
+        return "no adapters"
+    leaves = sorted({name.rpartition(".")[2] for name in shape["targets"]})
+    return f"adapters of rank {shape['rank']} on {len(shape['targets'])} linears ({', '.join(leaves)})" + (
+        " with dora" if shape["dora"] else ""
+    )
 
 
 def _fused(optimizer: torch.optim.Optimizer) -> bool:

@@ -23,6 +23,7 @@ from llama.data.batches import IGNORED, Batch, Batches
 from llama.data.build import build_data
 from llama.device import Device, find_device
 from llama.model.llama import count_parameters
+from llama.parallel.adapters import adapters_in_words
 from llama.parallel.apply import ParallelLlama, parallelize
 from llama.parallel.mesh import build_mesh
 from llama.parallel.shards import Box
@@ -87,7 +88,7 @@ def train(recipe: Recipe, stop: StopRequest | None = None, graphs: Graphs | None
             keeps = Graphs(recipe, device, layout)
             say(f"compile cache {keeps.load()}")
         mesh = build_mesh(layout, device.type)
-        model = parallelize(recipe, mesh, device, read=weights_reader(recipe))
+        model = parallelize(recipe, mesh, device, read=weights_reader(recipe), read_adapter=adapter_reader(recipe))
         optimizer = build_optimizer(model, recipe, device)
         checkpoints = Checkpoints(place.run.path, recipe, model, optimizer, journal, place.lock)
         resumed = checkpoints.resume(say)
@@ -99,6 +100,8 @@ def train(recipe: Recipe, stop: StopRequest | None = None, graphs: Graphs | None
         check_same_data(recipe, state, data)
         metrics = Metrics(recipe, device, layout.world, journal, state.step)
         metrics.say(describe(recipe, device, model, state if resumed else None))
+        for line in adapters_in_words(recipe):
+            metrics.say(line)
         metrics.say(metrics.peak_in_words)
         stack.callback(metrics.close)
         trainer = Trainer(recipe, device, model, optimizer, checkpoints, metrics, state, stop, place.watchdog, keeps)
@@ -317,6 +320,11 @@ def weights_reader(recipe: Recipe) -> Callable[[str, Box], torch.Tensor] | None:
     if directory is None:
         return None
     return hf.checkpoint_reader(Path(directory), recipe.model)
+
+
+def adapter_reader(recipe: Recipe) -> Callable[[str, Box], torch.Tensor] | None:
+    """Reads lora.init_from's adapter; None where adapters start from random values or there are none."""
+    return None if recipe.lora.init_from is None else hf.adapter_reader(recipe.lora.init_from, recipe)
 
 
 def settle_order(recipe: Recipe, state: TrainState) -> Recipe:
