@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from data_prep import engines
 from data_prep.cutting import Cutter, encode_long
+from data_prep.errors import UserError
 from data_prep.indexed import token_dtype
 from data_prep.readers import Batch, Fault
 from data_prep.tokenizers import Tokenizer
@@ -87,16 +88,19 @@ class Encoder:
     def _good(self, batch: Batch, texts: list[str]) -> list[str]:
         """The texts that can be encoded one by one; the others become faults of the batch."""
         good = []
-        for text in texts:
+        for line, text in zip(batch.lines, texts, strict=True):
             try:
                 self._encode([text])
             except BaseException as error:
                 if not _of_the_text(error):
                     raise
+                if batch.goes_on or batch.more:  # what was written of the document would be left without it
+                    shown = f"{text[:40]!r}…: {str(error)[:200]}"
+                    raise UserError(f"the tokenizer failed within a large text, at {shown}; leave it out") from error
                 cause = "the tokenizer failed"
                 batch.tally.bad[cause] += 1
                 batch.tally.documents -= 1
-                batch.faults.append(Fault(0, -1, cause, str(error)[:200], text[:200]))
+                batch.faults.append(Fault(line, -1, cause, str(error)[:200], text[:200]))
             else:
                 good.append(text)
         return good

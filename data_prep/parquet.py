@@ -67,12 +67,13 @@ class RowGroups:
     def _batch(self, records: Any, number: int, row: int, size: int) -> Batch:
         tally = Tally(lines=records.num_rows)
         texts: list[str] = []
+        numbers: list[int] = []
         faults: list[Fault] = []
         place = records.schema.get_field_index(self.key)
         if place < 0:
             for i in range(records.num_rows):
                 reject(tally, faults, Fault(number + i, row + i, f"no key {self.key!r}"))
-            return finish(texts, tally, size, faults)
+            return finish(texts, tally, size, faults, numbers)
         column = records.column(place)
         try:
             values = column.to_pylist()
@@ -91,7 +92,8 @@ class RowGroups:
                     tally.filtered[reason] += 1
                 else:
                     texts.append(value)
-        return finish(texts, tally, size, faults)
+                    numbers.append(number + i)
+        return finish(texts, tally, size, faults, numbers)
 
 
 def _records(records: Any) -> list[object]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -96,6 +96,7 @@ class Batch:
     tally: Tally
     text_bytes: int  # of the input that they were made from, unpacked
     faults: list[Fault]
+    lines: Sequence[int]  # of each text, numbered as faults are
     goes_on: bool = False  # its one text continues the document that the batch before began
     more: bool = False  # the document of its one text goes on in the next batch
     dropped: bool = False  # what was begun so turns out to be bad: nothing of it is kept
@@ -176,7 +177,7 @@ class Reader:
         number = 1
         for offset, block in lines:
             if isinstance(block, Overlong):
-                batch = Batch([], Tally(lines=1), block.size, [])
+                batch = Batch([], Tally(lines=1), block.size, [], [])
                 fault = Fault(number, offset, "line too long", f"{block.size:,} bytes")
                 reject(batch.tally, batch.faults, fault, block.head)
             else:
@@ -186,7 +187,7 @@ class Reader:
         self.ended, self.damage, self._boundary = lines.ended, lines.damage, stop
         if lines.cut_bytes:
             fault = Fault(number, -1, "line cut off", f"{lines.cut_bytes:,} bytes before {lines.damage}")
-            yield Batch([], Tally(lines=1, bad=Counter([fault.cause])), lines.cut_bytes, [fault])
+            yield Batch([], Tally(lines=1, bad=Counter([fault.cause])), lines.cut_bytes, [fault], [])
 
     def _text_lines(self) -> Callable[[memoryview, int, int], Batch]:
         from data_prep.textfile import line_parser
@@ -211,10 +212,10 @@ class Reader:
         self.ended, self.damage = groups.ended, groups.damage
 
 
-def finish(texts: list[str], tally: Tally, text_bytes: int, faults: list[Fault]) -> Batch:
+def finish(texts: list[str], tally: Tally, text_bytes: int, faults: list[Fault], lines: Sequence[int]) -> Batch:
     """A batch whose tally counts its texts and what was mended."""
     tally.documents, tally.repaired = len(texts), sum(fault.kept for fault in faults)
-    return Batch(texts, tally, text_bytes, faults)
+    return Batch(texts, tally, text_bytes, faults, lines)
 
 
 def reject(batch_tally: Tally, faults: list[Fault], fault: Fault, line: bytes = b"") -> None:
@@ -246,7 +247,7 @@ def parser(key: str, how: Reading) -> Callable[[memoryview, int, int], Batch]:
             if len(records) == lines:
                 texts = [record.text for record in records]
                 if all(texts):
-                    return finish(texts, Tally(lines=lines), len(block), [])
+                    return finish(texts, Tally(lines=lines), len(block), [], range(number, number + lines))
         return _slowly(bytes(block), number, offset, key, decoder, filters, max_line)
 
     return parse
@@ -278,6 +279,7 @@ def _slowly(
     """A block line by line."""
     tally = Tally()
     texts: list[str] = []
+    numbers: list[int] = []
     faults: list[Fault] = []
     lines = block.split(b"\n")
     if not lines[-1]:
@@ -302,8 +304,9 @@ def _slowly(
                 tally.filtered[_SURROGATE.sub("\ufffd", reason)] += 1
             else:
                 texts.append(found)
+                numbers.append(line_number)
         offset += len(line) + 1
-    return finish(texts, tally, len(block), faults)
+    return finish(texts, tally, len(block), faults, numbers)
 
 
 def _loose(line: bytes) -> Any:

@@ -16,6 +16,7 @@ def line_parser(how: Reading) -> Callable[[memoryview, int, int], Batch]:
     def parse(block: memoryview, number: int, offset: int) -> Batch:
         tally = Tally()
         texts: list[str] = []
+        numbers: list[int] = []
         faults: list[Fault] = []
         lines = bytes(block).split(b"\n")
         if not lines[-1]:
@@ -39,8 +40,9 @@ def line_parser(how: Reading) -> Callable[[memoryview, int, int], Batch]:
                         tally.filtered[reason] += 1
                     else:
                         texts.append(text)
+                        numbers.append(line_number)
             offset += len(line) + 1
-        return finish(texts, tally, len(block), faults)
+        return finish(texts, tally, len(block), faults, numbers)
 
     return parse
 
@@ -77,9 +79,9 @@ class WholeText:
             return
         reason = self.how.filters.reject(text, None) if self.how.filters else None
         if reason:
-            yield Batch([], Tally(lines=1, filtered=Counter([reason])), len(data), [])
+            yield Batch([], Tally(lines=1, filtered=Counter([reason])), len(data), [], [])
         else:
-            yield Batch([text], Tally(lines=1, documents=1), len(data), [])
+            yield Batch([text], Tally(lines=1, documents=1), len(data), [], [1])
 
     def _pieces(self, data: bytearray) -> Iterator[Batch]:
         limit = f"{self.how.max_line_bytes:,} bytes"
@@ -103,7 +105,7 @@ class WholeText:
                     if cut or not block:
                         piece, text = text[:cut], text[cut:]
                         tally = Tally() if begun else Tally(lines=1, documents=1)
-                        yield Batch([piece], tally, min(BLOCK_BYTES, len(block) - start), [], begun, bool(block))
+                        yield Batch([piece], tally, min(BLOCK_BYTES, len(block) - start), [], [1], begun, bool(block))
                         begun = True
                     at += len(block[start : start + BLOCK_BYTES])
                 if not block:
@@ -121,4 +123,4 @@ class WholeText:
 def _refused(fault: Fault, text_bytes: int, begun: bool) -> Batch:
     """No document; where one was begun, its account is taken back."""
     tally = Tally(bad=Counter([fault.cause]), documents=-1 if begun else 0, lines=0 if begun else 1)
-    return Batch([], tally, text_bytes, [fault], dropped=begun)
+    return Batch([], tally, text_bytes, [fault], [], dropped=begun)

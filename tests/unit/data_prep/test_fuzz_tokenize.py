@@ -21,7 +21,7 @@ import pyarrow.parquet as parquet
 import pytest
 import zstandard
 
-from data_prep import demo_text
+from data_prep import demo_text, engines
 from data_prep import tokenize as module
 from data_prep.errors import UserError
 from data_prep.filters import Filters
@@ -522,3 +522,42 @@ def test_mutated_text_files_line_by_line(demo: Path, tokenizer: Tokenizer, tmp_p
         log = [json.loads(line) for line in (tmp_path / f"{part_bytes}.rejected.jsonl").read_bytes().split(b"\n")[:-1]]
         assert [(entry["line"], entry["cause"]) for entry in log] == bad and meta["blank_lines"] == blank
         assert documents(tmp_path / f"{part_bytes}") == encoded(texts, tokenizer)
+
+
+def test_texts_that_the_tokenizer_fails_on_are_logged_with_their_lines(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = engines.load_engine
+
+    def poisoned(*arguments: Any, **options: Any) -> Any:
+        engine: Any = load(*arguments, **options)
+        encode = engine.encode_flat
+
+        def fails(texts: list[str]) -> Any:
+            if any("poison" in text for text in texts):
+                raise ValueError("no")
+            return encode(texts)
+
+        engine.encode_flat = fails
+        return engine
+
+    monkeypatch.setattr("data_prep.work.engines.load_engine", poisoned)
+    draw = random.Random(8)
+    lines = [draw.choice(['{"text": "fine"}', '{"text": "fine"}', '{"text": "poison"}', "bad", ""]) for _ in range(900)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    wanted = [
+        (number, "poison" in line) for number, line in enumerate(lines, 1) if line not in ('{"text": "fine"}', "")
+    ]
+    for part_bytes in (1000, 1 << 30):
+        options = {"max_bad": 1.0, "engine": "official", "part_bytes": part_bytes}
+        meta = tokenize([tmp_path / "a.jsonl"], demo, tmp_path / f"{part_bytes}", **options)
+        log = [json.loads(line) for line in (tmp_path / f"{part_bytes}.rejected.jsonl").read_bytes().splitlines()]
+        assert sorted((entry["line"], entry["cause"] == "the tokenizer failed") for entry in log) == wanted
+        assert meta["lines"] == 900 == meta["documents"] + meta["bad_lines"] + meta["blank_lines"]
+    (tmp_path / "b.txt").write_text("before")
+    (tmp_path / "c.txt").write_text("many words\n" * 900 + "poison " + "many words\n" * 900)
+    monkeypatch.setattr("data_prep.textfile.BLOCK_BYTES", 1000)
+    with pytest.raises(UserError, match="the tokenizer failed within a large text"):
+        tokenize(
+            [tmp_path / "b.txt", tmp_path / "c.txt"], demo, tmp_path / "out", max_line_bytes=5000, engine="official"
+        )
