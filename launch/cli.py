@@ -12,6 +12,10 @@ from data_prep.errors import UserError
 # verb -> (module that defines a click command named `command`, one line of help)
 VERBS = {
     "train": ("launch.train", "Train a recipe: herd train tiny_cpu --processes 4 train.steps=20"),
+    "preview": (
+        "launch.preview",
+        "What the model will see of conversations: herd preview smollm2_chat data.train=chats.json",
+    ),
     "compile": ("launch.compile", "Compile a recipe's graphs ahead of its run: herd compile tiny_cpu --processes 4"),
     "prep": (
         "launch.prep",
