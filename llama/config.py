@@ -601,7 +601,7 @@ class Recipe(Section):
                 f"lora.targets leave layer {min(bare)} without an adapter, and a pipeline stage needs something to train; "
                 "target some linear of every layer, or set parallel.pipeline_parallel=1"
             )
-        if lora.quantize is None:
+        if lora.quantize != "nf4":
             return
         widths = {name: linear_shape(f"layers.0.{name}", model)[1] for name in HF_MODULES}
         for name, width in widths.items():
@@ -613,4 +613,3 @@ class Recipe(Section):
                     + ("use a smaller parallel.tensor_parallel, or " if over else "use ")
                     + "lora.quantize=int8"
                 )
-        raise ValueError("lora.quantize is not supported yet; leave it out")  # QUANT

@@ -177,12 +177,17 @@ def adapt(model: Llama, lora: Lora, dtype: torch.dtype) -> None:
     model.requires_grad_(False)
     model.tie()
     targets = set(adapted(lora.targets, model.config.num_layers))
+    kind: type[FrozenLinear] = FrozenLinear
+    if lora.quantize:
+        from llama.model.nf4 import QuantizedLinear  # here: it builds on this file
+
+        kind = QuantizedLinear
     for layer, block in model.layers.items():
         for inner in HF_MODULES:
-            name, (part, leaf) = f"layers.{layer}.{inner}", inner.split(".")
-            if name in targets:
-                parent = block.get_submodule(part)
-                setattr(parent, leaf, FrozenLinear(getattr(parent, leaf), lora, lora.rank, dtype))
+            parent, leaf = block.get_submodule(inner.split(".")[0]), inner.split(".")[1]
+            rank = lora.rank if f"layers.{layer}.{inner}" in targets else 0
+            if rank or lora.quantize:
+                setattr(parent, leaf, kind(getattr(parent, leaf), lora, rank, dtype))
     if HEAD in targets and model.head is not None:
         model.head = AdaptedHead(model.head, lora, dtype)
 

@@ -16,7 +16,7 @@ from llama.device import Device
 from llama.model.init import initial_rows
 from llama.model.llama import Llama
 from llama.model.lora import adapt, set_dropout_key
-from llama.parallel.adapters import with_adapters
+from llama.parallel.adapters import fill_nested_scales, with_adapters
 from llama.parallel.compile import compile_blocks
 from llama.parallel.fsdp import last_micro_batch, reshard, shard
 from llama.parallel.mesh import Mesh
@@ -146,6 +146,8 @@ def parallelize(
         part.to_empty(device=device.torch())
         part.tie()
         fill_parameters(part, read)
+        if lora.quantize:
+            fill_nested_scales(part, read)
         parts.append(part)
     return ParallelLlama(parts, recipe, mesh, device.torch(), compute)
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
 from llama.model.llama import Embedding, Head, Llama
 from llama.model.lora import Adapter, FrozenLinear, Whole
 from llama.model.loss import Vocabulary
+from llama.model.nf4 import QuantizedLinear
 
 
 class SharedVocabulary(Vocabulary):
@@ -102,7 +103,10 @@ class ReplicatedNorm(ParallelStyle):
 
 
 COLUMN: dict[str, Placement] = {"lora_a": Replicate()}
-ROW: dict[str, Placement] = {"weight": Shard(1), "lora_a": Shard(1), "lora_b": Replicate(), "magnitude": Replicate()}
+ROW: dict[str, Placement] = {
+    "weight": Shard(1), "packed": Shard(1), "absmax": Shard(1), "lora_a": Shard(1), "lora_b": Replicate(),
+    "magnitude": Replicate(),
+}  # fmt: skip
 """How a linear's parameters are cut along its output or its input; what is not named is cut by rows."""
 
 
@@ -159,7 +163,14 @@ class FrozenParallel(ParallelStyle):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         assert isinstance(module, FrozenLinear)
-        _cut(module, device_mesh, COLUMN if self.outside is None else ROW)
+        placements = COLUMN if self.outside is None else ROW
+        if isinstance(module, QuantizedLinear):
+            if self.outside is not None and module.absmax.ndim == 1:  # a scale a row, which all ranks need
+                placements = ROW | {"absmax": Replicate()}
+            part = device_mesh.get_local_rank(), device_mesh.size()
+            rows, blocks = module.out_features // part[1], module.blocks // part[1]
+            module.origin = (rows * part[0], 0) if self.outside is None else (0, blocks * part[0])
+        _cut(module, device_mesh, placements)
         module.cut = Cut(device_mesh, COLUMN) if self.outside is None else RowCut(device_mesh, self.outside)
         return module
 

@@ -25,6 +25,8 @@ ALL = {"lora__targets": "all-linear"}
 DORA = {"lora__targets": "all-linear,lm_head", "lora__dora": True}
 TP = {"parallel__tensor_parallel": 2}
 PP = {"parallel__pipeline_parallel": 2}
+# Rows of two blocks, so that tensor parallelism can cut between them.
+NF4 = {"lora__quantize": "nf4", "model__hidden_size": 128, "model__intermediate_size": 384, "model__head_dim": 32}
 # name -> (ranks, what changes in the recipe)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp2_dora_head": (2, DORA),
@@ -34,6 +36,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "tp2_dora_head": (2, {**DORA, **TP, "parallel__sequence_parallel": False}),
     "sp2": (2, {**ALL, **TP}),
     "sp2_fsdp2_dora_head": (4, {**DORA, **TP}),
+    "fsdp2_nf4": (2, {**NF4, "lora__targets": "all-linear,lm_head"}),
+    "fsdp2_nf4_dora_remat": (2, {**NF4, **DORA, "train__activation_checkpointing": "selective"}),
+    "sp2_fsdp2_nf4_dora": (4, {**NF4, **DORA, **TP}),
+    "sp2_int8": (2, {**NF4, **TP, "lora__quantize": "int8"}),
+    "pp2_fsdp2_nf4": (4, {**NF4, **PP, **ALL, "lora__double_quantization": False}),
     "pp2": (2, {**PP, "lora__targets": "q,down,lm_head"}),
     "pp2_tied_zero_bubble": (2, {**ALL, **PP, "model__tie_embeddings": True, "model__num_layers": 8,
                                  "parallel__pipeline_schedule": "interleaved_zero_bubble"}),
