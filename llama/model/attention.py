@@ -12,6 +12,34 @@ from llama.config import Model
 from llama.model.rope import rotate
 
 
+class Documents:
+    """Documents (B, S), numbered from row to row, as attention goes through them one by one.
+
+    No S × S mask: memory and time are the sum over documents. What a batch holds is read on the CPU, so this is for
+    CPUs; and a compiled graph cannot depend on it, so that one makes a mask of `numbers`.
+    """
+
+    def __init__(self, numbers: torch.Tensor):
+        self.numbers = numbers
+        begins = torch.ones_like(numbers, dtype=torch.bool)
+        begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+        starts = begins.flatten().nonzero().flatten()
+        self.sizes: list[int] = torch.diff(starts, append=starts.new_tensor([numbers.numel()])).tolist()
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Causal attention inside each document; q (B, H, S, head_dim), k and v (B, K, S, head_dim)."""
+        rows, grouped = len(q), q.shape[1] != k.shape[1]
+        # Rows end to end, then split: split's backward is one concatenation, a slice's would be a whole tensor each.
+        split = [
+            x.transpose(1, 2).flatten(0, 1).unsqueeze(0).transpose(1, 2).split(self.sizes, dim=2) for x in (q, k, v)
+        ]
+        out = [
+            F.scaled_dot_product_attention(a, b, c, is_causal=True, enable_gqa=grouped)
+            for a, b, c in zip(*split, strict=True)
+        ]
+        return torch.cat(out, dim=2).transpose(1, 2).unflatten(1, (rows, -1)).squeeze(0).transpose(1, 2)
+
+
 class Context(NamedTuple):
     """What every block of one forward shares."""
 
@@ -19,7 +47,9 @@ class Context(NamedTuple):
     """(B, S, 1, head_dim/2)"""
     sin: torch.Tensor
     mask: torch.Tensor | None
-    """(B, 1, S, S) True where a query may look; None: plain causal attention."""
+    """(B, 1, S, S) True where a query may look; None: plain causal attention, or inside documents."""
+    documents: Documents | None = None
+    """Where each document lies, for attention in one document after another."""
 
 
 class KeyValueCache:
@@ -34,6 +64,19 @@ class KeyValueCache:
             keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
         self.keys, self.values = keys, values
         return keys, values
+
+
+def document_context(cos: torch.Tensor, sin: torch.Tensor, documents: torch.Tensor | None) -> Context:
+    """What keeps documents (B, S) apart on the device that they are on; None: plain causal attention.
+
+    A document's tokens are next to one another. On CPUs attention goes from document to document; elsewhere it takes a
+    mask.
+    """
+    if documents is None:
+        return Context(cos, sin, None)
+    if documents.device.type == "cpu":
+        return Context(cos, sin, None, Documents(documents))
+    return Context(cos, sin, document_mask(documents))
 
 
 def document_mask(documents: torch.Tensor) -> torch.Tensor:
@@ -62,8 +105,14 @@ class Attention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, S, head_dim)
         if cache is not None:
             k, v = cache.extend(k, v)
-        causal = context.mask is None and q.shape[2] == k.shape[2]  # one token after a cache sees everything
+        mask = context.mask
+        if context.documents is not None and not torch.compiler.is_compiling():
+            out = context.documents.attend(q, k, v)
+            return self.o(out.transpose(1, 2).flatten(2))
+        if context.documents is not None:
+            mask = document_mask(context.documents.numbers)
+        causal = mask is None and q.shape[2] == k.shape[2]  # one token after a cache sees everything
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=context.mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
         )
         return self.o(out.transpose(1, 2).flatten(2))

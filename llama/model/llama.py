@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama.config import Model
-from llama.model.attention import Attention, Context, KeyValueCache, document_mask
+from llama.model.attention import Attention, Context, KeyValueCache, document_context
 from llama.model.loss import Vocabulary, linear_cross_entropy
 from llama.model.rope import inverse_frequencies, rotation
 
@@ -119,7 +119,7 @@ class Llama(nn.Module):
         config = self.config
         frequencies = inverse_frequencies(config.head_size, config.rope_theta, config.rope_scaling, positions.device)
         cos, sin = rotation(positions, frequencies)
-        context = Context(cos, sin, None if documents is None else document_mask(documents))
+        context = document_context(cos, sin, documents)
         if self.embed is not None:
             x = self.embed(x)
         for i, block in enumerate(self.layers.values()):
