@@ -8,11 +8,14 @@ appears by a rename.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import socket
 import threading
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,44 @@ import psutil
 # After how long a silence a process of another machine is taken to be dead. Its file system may answer late.
 STALE_SECONDS = float(os.environ.get("HERD_CLAIM_SECONDS", "90"))
 TOUCH_SECONDS = STALE_SECONDS / 6
+LEFT_SECONDS = 3600  # without a change, of a hidden file that another machine's process wrote
+_SIGNED = re.compile(r"-([0-9a-f]{8})\.(\d+)(?:\.|$)")
 
 
-def _machine() -> str:
+@cache
+def machine() -> str:
     """What process numbers of two processes can be compared by: this boot of this machine, this container."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""
+
+
+def signature() -> str:
+    """A part of hidden files' names that says whose they are: host, machine, process.
+
+    Not the host's name alone: containers on several machines may share it, and each would take the others for dead.
+    """
+    return f"{socket.gethostname()}-{_place()}.{os.getpid()}"
+
+
+def _place() -> str:
+    return hashlib.blake2b(f"{socket.gethostname()} {machine()}".encode(), digest_size=4).hexdigest()
+
+
+def left_behind(folder: Path, pattern: str = ".*") -> list[Path]:
+    """Signed files and folders of processes that are gone: this machine's at once, others' when long untouched."""
+    found = []
+    for path in folder.glob(pattern):
+        signed = _SIGNED.search(path.name)
+        with contextlib.suppress(FileNotFoundError):
+            if signed and (
+                _started(int(signed[2])) is None
+                if signed[1] == _place()
+                else time.time() - path.stat().st_mtime > LEFT_SECONDS
+            ):
+                found.append(path)
+    return found
 
 
 def _started(pid: int) -> float | None:
@@ -47,11 +80,11 @@ class Claims:
         self.folder = folder
         self._me: dict[str, Any] = {
             "host": socket.gethostname(),
-            "machine": _machine(),
+            "machine": machine(),
             "pid": os.getpid(),
             "started": _started(os.getpid()),
         }
-        self._held: set[Path] = set()
+        self._held: dict[Path, str] = {}  # claim -> what it holds
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._touch, daemon=True)
 
@@ -70,7 +103,6 @@ class Claims:
         path = self.folder / f"{name}.claim"
         for _ in range(2):
             if self._create(path):
-                self._held.add(path)
                 return True
             if not self._clear_if_dead(path):
                 return False
@@ -78,8 +110,9 @@ class Claims:
 
     def _create(self, path: Path) -> bool:
         """Make the claim with its content in one step, so that nobody ever reads half of it."""
-        aside = path.with_name(f".{path.name}.{self._me['host']}.{os.getpid()}")
-        aside.write_text(json.dumps(self._me))
+        text = json.dumps({**self._me, "own": os.urandom(8).hex()})  # no two claims are alike
+        aside = path.with_name(f".{path.name}.{signature()}")
+        aside.write_text(text)
         try:
             os.link(aside, path)
         except FileExistsError:
@@ -90,15 +123,18 @@ class Claims:
             except FileExistsError:
                 return False
             with os.fdopen(file, "w") as stream:
-                json.dump(self._me, stream)
+                stream.write(text)
         finally:
             aside.unlink(missing_ok=True)
+        self._held[path] = text
         return True
 
     def release(self, name: str) -> None:
         path = self.folder / f"{name}.claim"
-        self._held.discard(path)
-        path.unlink(missing_ok=True)
+        text = self._held.pop(path, None)
+        with contextlib.suppress(OSError):
+            if path.read_text() == text:  # and not of one who took this process for dead
+                path.unlink()
 
     def _touch(self) -> None:
         while not self._end.wait(TOUCH_SECONDS):
@@ -114,17 +150,23 @@ class Claims:
             return True
         if self._alive(text, touched):
             return False
-        aside = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.dead")
+        # Removed by one process alone: another that saw it too might remove the claim that takes its place.
+        heir = path.with_name(f".{path.name}.{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.heir")
         try:
-            path.rename(aside)
+            os.close(os.open(heir, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                if self._now() - heir.stat().st_mtime > STALE_SECONDS:  # it died in this very moment
+                    heir.unlink()
+            return False
+        try:
+            if path.read_text() == text:
+                path.unlink()
         except FileNotFoundError:
-            return True
-        mine = aside.read_text() == text
-        if not mine:  # another process was faster, and this was its new claim
-            with contextlib.suppress(OSError):
-                os.link(aside, path)
-        aside.unlink(missing_ok=True)
-        return mine
+            pass
+        finally:
+            heir.unlink(missing_ok=True)
+        return True
 
     def _alive(self, text: str, touched: float) -> bool:
         try:
@@ -138,7 +180,7 @@ class Claims:
 
     def _now(self) -> float:
         """The file system's time: clocks of nodes may differ from it."""
-        probe = self.folder / f".now.{socket.gethostname()}.{os.getpid()}"
+        probe = self.folder / f".now.{signature()}"
         try:
             probe.touch()
             return probe.stat().st_mtime

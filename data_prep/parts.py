@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 from array import array
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +18,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from data_prep.claims import signature
 from data_prep.errors import UserError
 from data_prep.index_format import CODES, HEADER, MAGIC, VERSION, sync_folder
 
@@ -33,7 +33,7 @@ def disk_error(path: str | Path, error: OSError) -> UserError:
 
 def write_json(path: Path, value: object) -> None:
     """Write a JSON file aside, flush it to the disk, rename. Raises UserError when the disk refuses."""
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{signature()}.tmp")
     try:
         with aside.open("w", encoding="utf-8") as file:
             json.dump(value, file, ensure_ascii=False, indent=2)
@@ -51,14 +51,14 @@ def write_json(path: Path, value: object) -> None:
 class PartWriter:
     """Writes one part aside; `publish` puts it in place, which another thread may do while the next part begins.
 
-    Files are called .NAME.HOST.PID.* until then, so two processes never write into the same one. Raises UserError when
-    the disk refuses.
+    Files are called .NAME.SIGNATURE.* until then (data_prep/claims.py), so two processes never write into the same
+    one. Raises UserError when the disk refuses.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype.newbyteorder("<")
         self.tokens = 0
-        self._aside = folder / f".{name}.{socket.gethostname()}.{os.getpid()}"
+        self._aside = folder / f".{name}.{signature()}"
         self._lengths = array("i")  # 4 bytes a document in memory
         self._log: BinaryIO | None = None
         self._hash: Any = xxhash.xxh3_128()

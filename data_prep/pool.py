@@ -18,6 +18,7 @@ from typing import Any
 
 from data_prep.claims import Claims
 from data_prep.errors import UserError
+from data_prep.parts import disk_error
 from data_prep.tokenizers import Tokenizer
 from data_prep.work import Counters, Job, PartMismatchError, Worker
 
@@ -52,7 +53,12 @@ def run_workers(job: Job, firsts: Sequence[int], counters: Sequence[Counters], l
     def start(index: int) -> None:
         ours, theirs = _CONTEXT.Pipe(duplex=False)
         process = _CONTEXT.Process(target=_main, args=(job, firsts[index], counters[index].cells, theirs), daemon=True)
-        process.start()
+        # Held back in the new process, which would print a traceback when Ctrl-C comes while it loads.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         running[index] = process, ours
 
@@ -128,6 +134,8 @@ def _main(job: Job, first: int, cells: Any, pipe: Any) -> None:
         pipe.send(("user", str(error), error.code))
     except PartMismatchError as error:
         pipe.send(("engine", str(error), 0))
+    except OSError as error:  # inputs that cannot be read are UserErrors already
+        pipe.send(("user", str(disk_error(error.filename or job.folder, error)), 1))
     except MemoryError:
         time.sleep(0.1)  # told as a death: another worker may have more luck, and three such end the work
     except BaseException:

@@ -14,18 +14,15 @@ import importlib.metadata
 import json
 import os
 import random
-import re
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from data_prep import engines, tokenizers
+from data_prep.claims import Claims, left_behind, signature
 from data_prep.errors import UserError
 from data_prep.indexed import token_dtype
 from data_prep.inputs import PARQUET, TEXT, File, check_keys, describe, expand_inputs
@@ -36,12 +33,12 @@ from data_prep.plan import PART_NAME, Unit, make_plan, part_size, settings_diges
 from data_prep.pool import cells, run_here, run_workers
 from data_prep.progress import Progress
 from data_prep.readers import SHOWN, Reader, Reading, Tally
-from data_prep.work import Counters, Job, PartMismatchError, done_parts
+from data_prep.work import POLL_SECONDS, Counters, Job, PartMismatchError, done_parts
 
 __all__ = ["Options", "default_workers", "herd_version", "read_meta", "tokenize"]
 
 SAMPLE_BYTES, SAMPLE_FILES = 2_000_000, 16  # of the input, for the choice of the engine
-ENGINE = "engine.json"
+ENGINE, MERGING = "engine.json", "merging.json"
 FORMAT = 1  # of what parts hold; a change makes all anew
 
 
@@ -98,10 +95,11 @@ def tokenize(
     prefix = str(output_prefix)
     if prefix.endswith(("/", os.sep)) or not Path(prefix).name:
         raise UserError(f"{prefix}: is a folder; name the files too, as in {prefix.rstrip('/')}/corpus", 2)
-    targets = [Path(f"{prefix}{ending}") for ending in (".bin", ".idx", ".meta.json")]
-    existing = [path for path in targets if path.exists()]
-    if existing and not options.overwrite and options.merge:
-        raise UserError(f"{existing[0]} exists; choose another --output, or --overwrite", 2)
+    folder = Path(f"{prefix}.parts")
+    for path in left_behind(folder.parent, f".{folder.name}.*"):
+        shutil.rmtree(path, ignore_errors=True)
+    if not folder.exists():
+        _refuse_existing(prefix, options)
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers {options.workers}: at least 1", 2)
     files = [describe(path) for path in expand_inputs(inputs)]
@@ -113,28 +111,95 @@ def tokenize(
                 f"{loaded.path}: names no {name} token; put its tokenizer_config.json beside it, or use {option}", 2
             )
     check_keys(files, options.reading.key)
-    folder = Path(f"{prefix}.parts")
+    settings = _settings(loaded, options)
+    made_of = settings_digest({**settings, "files": [[str(f.path), f.form, f.size, f.mtime_ns] for f in files]})
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for path in left_behind(folder):
+            path.unlink(missing_ok=True)
+        if options.merge and not options.overwrite and _existing(prefix):
+            if meta := _made(prefix, made_of):  # killed before it could clear away, or another was faster
+                _remove(folder)
+                return meta
+            if _read_json(folder / MERGING).get("made_of") != made_of:
+                _refuse_existing(prefix, options)
+            options = replace(options, overwrite=True)  # what is there was being put there by this very merge
         part_bytes = _part_bytes(folder, files, options.part_bytes)
-        settings = _settings(loaded, options)
         units = make_plan(files, settings_digest(settings), part_bytes, options.reading.text_documents == "file")
-        _sweep(folder)
         with Progress(options.progress) as progress:
             _make_parts(folder, units, files, loaded, options, progress)
-        meta = _finish(folder, units, files, loaded, options)
-        if options.merge:
-            try:
-                meta = merge_parts(folder, prefix, workers=_workers(options), overwrite=options.overwrite)
-            except UserError:
-                if not _remove_damaged(folder, units):
-                    raise
-                return tokenize(inputs, tokenizer, output_prefix, options)
-            if not options.keep_parts:
-                shutil.rmtree(folder)
-    except OSError as error:
-        raise disk_error(error.filename or folder, error) from error
-    return meta
+        if not options.merge:
+            return _finish(folder, units, files, loaded, options, made_of)
+        return _merge(folder, prefix, units, files, loaded, options, made_of)
+    except _DamagedPartsError:
+        return tokenize(inputs, tokenizer, output_prefix, options)
+    except (OSError, UserError) as error:
+        if options.merge and not folder.exists() and (meta := _made(prefix, made_of)):
+            return meta  # by the same command, given twice at the same time: it has cleared away under our feet
+        if isinstance(error, OSError):
+            raise disk_error(error.filename or folder, error) from error
+        raise
+
+
+class _DamagedPartsError(Exception):
+    """Parts that were no more what had been written are removed; they are to be made anew."""
+
+
+def _existing(prefix: str) -> list[Path]:
+    return [path for ending in (".bin", ".idx", ".meta.json") if (path := Path(f"{prefix}{ending}")).exists()]
+
+
+def _refuse_existing(prefix: str, options: Options) -> None:
+    existing = _existing(prefix)
+    if existing and not options.overwrite and options.merge:
+        raise UserError(f"{existing[0]} exists; choose another --output, or --overwrite", 2)
+
+
+def _made(prefix: str, made_of: str) -> dict[str, Any] | None:
+    """The account of what lies under the output's name, if it is whole and made of just this input and settings."""
+    meta = _read_json(Path(f"{prefix}.meta.json"))
+    return meta if meta.get("made_of") == made_of and len(_existing(prefix)) == 3 else None
+
+
+def _merge(
+    folder: Path,
+    prefix: str,
+    units: Sequence[Unit],
+    files: Sequence[File],
+    loaded: tokenizers.Tokenizer,
+    options: Options,
+    made_of: str,
+) -> dict[str, Any]:
+    """Join the parts, unless the same command, given twice, is at it: then wait for that."""
+    with Claims(folder) as claims:
+        waited = False
+        while not claims.take("merge"):
+            waited = True
+            time.sleep(POLL_SECONDS)
+        if (waited or not options.overwrite) and (meta := _made(prefix, made_of)):
+            return meta
+        _refuse_existing(prefix, options)
+        _finish(folder, units, files, loaded, options, made_of)
+        # From here on files of the output's name are ours, should a kill leave but some of them.
+        write_json(folder / MERGING, {"made_of": made_of})
+        try:
+            meta = merge_parts(folder, prefix, workers=_workers(options), overwrite=options.overwrite)
+        except UserError:
+            if not _remove_damaged(folder, units):
+                raise
+            raise _DamagedPartsError from None
+        (folder / MERGING).unlink()
+        if not options.keep_parts:
+            _remove(folder)
+        return meta
+
+
+def _remove(folder: Path) -> None:
+    """Remove the parts: first from where others look, who may be writing this moment."""
+    aside = folder.with_name(f".{folder.name}.{signature()}.done")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _workers(options: Options) -> int:
@@ -165,14 +230,6 @@ def _part_bytes(folder: Path, files: Sequence[File], wanted: int | None) -> int:
     size = wanted or part_size(files)
     write_json(path, {"part_bytes": size})
     return size
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what processes of this machine that are gone left aside."""
-    for path in folder.glob(".*"):
-        found = re.search(rf"\.{re.escape(socket.gethostname())}\.(\d+)(\.|$)", path.name)
-        if found and not psutil.pid_exists(int(found[1])):
-            path.unlink(missing_ok=True)
 
 
 def _sample(files: Sequence[File], reading: Reading) -> list[str]:
@@ -213,11 +270,16 @@ def _choose_engine(
 
 
 def _held_engine(folder: Path) -> dict[str, Any]:
+    return _read_json(folder / ENGINE)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; {} when it is not there or no object."""
     try:
-        held = json.loads((folder / ENGINE).read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return held if isinstance(held, dict) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def _make_parts(
@@ -317,19 +379,29 @@ class _Shown:
 
 
 def _finish(
-    folder: Path, units: Sequence[Unit], files: Sequence[File], loaded: tokenizers.Tokenizer, options: Options
+    folder: Path,
+    units: Sequence[Unit],
+    files: Sequence[File],
+    loaded: tokenizers.Tokenizer,
+    options: Options,
+    made_of: str,
 ) -> dict[str, Any]:
     """Add up all parts, write the log of bad lines and parts.json; what becomes meta.json.
 
-    Raises UserError when too much was bad, when a file is damaged, when nothing is there.
+    Raises UserError when too much was bad, when a file is damaged or has changed meanwhile, when nothing is there.
     """
+    if changed := [file.path for file in files if describe(file.path) != file]:
+        raise UserError(
+            f"{changed[0]}: changed while it was read ({len(changed)} of {len(files)} file(s) did); run the same command "
+            f"again, which reads such files anew"
+        )
     tally, parts, damaged, kept = Tally(), [], {}, set()
     text_bytes = checked = 0
     lines: dict[str, int] = {}  # of each file, in the parts before
     log_path = Path(f"{str(folder).removesuffix('.parts')}.rejected.jsonl")
     shown: list[str] = []
     used: set[str] = set()
-    aside = log_path.with_name(f".{log_path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    aside = log_path.with_name(f".{log_path.name}.{signature()}.tmp")
     logged = 0
     with aside.open("w", encoding="utf-8") as log:
         for unit in units:
@@ -371,7 +443,7 @@ def _finish(
             f"run the same command, or take what could be read with --allow-damaged"
         )
     if not tally.documents:
-        shutil.rmtree(folder)
+        _remove(folder)
         raise UserError(f"{files[0].path}: no document in {len(files)} file(s), {tally.lines:,} lines; check the input")
     for path in folder.glob("*.json"):  # of an earlier input or setting
         if PART_NAME.search(name := path.name.removesuffix(".json")) and name not in kept:
@@ -379,6 +451,7 @@ def _finish(
     dtype = token_dtype(loaded.vocab_size).newbyteorder("<")
     meta = {
         "herd_version": herd_version(),
+        "made_of": made_of,
         "tokenizer": str(loaded.path.resolve()),
         "tokenizer_sha256": tokenizers.sha256(loaded.path),
         "tokenizer_kind": loaded.kind,
