@@ -38,7 +38,8 @@ def _tokenizer(recipe: Recipe, given: str | None) -> tuple[Path | None, bool]:
     from llama.data.blend_file import prefixes
 
     start = recipe.train.init_from
-    first = prefixes(recipe.data.train[0])[0] if recipe.data.train else None
+    tokens = recipe.data.train if recipe.chat is None else ()  # else they are conversations
+    first = prefixes(tokens[0])[0] if tokens else None
     meta = (read_meta(first) if first is not None else None) or {}
     named = given or recipe.data.tokenizer
     if named is None and start is not None and any(Path(start).glob("tokenizer.*")):

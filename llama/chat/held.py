@@ -14,6 +14,9 @@ from collections.abc import Mapping
 from typing import Any
 
 NOBODY = -1  # the turn of texts that belong to none: tools
+_KEY = secrets.token_hex(12)  # of this process: no text that was written before can hold it
+BEGIN, END = f"⟦{_KEY}+⟧", f"⟦{_KEY}-⟧"  # round what a template says is generated
+MARKS = re.compile(f"⟦{_KEY}(\\d+|\\+|-)⟧")
 
 
 class Held(str):
@@ -88,9 +91,6 @@ class Ledger:
     """The placeholders of one conversation: which text and turn each stands for. The same text and turn, the same one."""
 
     def __init__(self) -> None:
-        self.key = secrets.token_hex(12)
-        self.begin, self.end = f"⟦{self.key}+⟧", f"⟦{self.key}-⟧"  # round what a template says is generated
-        self.marks = re.compile(f"⟦{self.key}(\\d+|\\+|-)⟧")
         self.texts: list[tuple[str, int]] = []
         self._known: dict[tuple[str, int], Held] = {}
 
@@ -100,7 +100,7 @@ class Ledger:
             return ""
         held = self._known.get((text, turn))
         if held is None:
-            held = Held(f"⟦{self.key}{len(self.texts)}⟧")
+            held = Held(f"⟦{_KEY}{len(self.texts)}⟧")
             held._real, held._turn, held._ledger = text, turn, self
             self.texts.append((text, turn))
             self._known[text, turn] = held

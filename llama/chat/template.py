@@ -25,7 +25,7 @@ from data_prep.conversations import Conversation
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
 from llama.chat.builtin import NEEDED, TEMPLATES
-from llama.chat.held import NOBODY, Held, Ledger, bare, turn_of
+from llama.chat.held import BEGIN, END, MARKS, NOBODY, Held, Ledger, bare, turn_of
 
 OWN = "tokenizer"  # the template that came with the tokenizer
 
@@ -55,7 +55,7 @@ class _Generation(jinja2.ext.Extension):
 
     def _mark(self, caller: Callable[[], str]) -> str:
         ledger = self.environment.ledger  # type: ignore[attr-defined]
-        return caller() if ledger is None else f"{ledger.begin}{caller()}{ledger.end}"
+        return caller() if ledger is None else f"{BEGIN}{caller()}{END}"
 
 
 class ChatTemplate:
@@ -100,8 +100,8 @@ class ChatTemplate:
         ledger = Ledger()
         messages, tools = _arguments(conversation, ledger)
         text = self._render(messages, tools, ledger)
-        marks = list(ledger.marks.finditer(text))
-        self._check(ledger.marks.sub(lambda m: _real(ledger, m), text), messages, tools)
+        marks = list(MARKS.finditer(text))
+        self._check(MARKS.sub(lambda m: _real(ledger, m), text), messages, tools)
         spans = self._generated(ledger, marks) if self.marks_generation else self._turns(
             conversation, ledger, text, marks, messages, tools
         )  # fmt: skip
@@ -139,9 +139,9 @@ class ChatTemplate:
         """(begin, end, turn) of what the template marks as generated."""
         spans, begin, turn = [], 0, NOBODY
         for mark in marks:
-            if mark[0] == ledger.begin:
+            if mark[0] == BEGIN:
                 begin, turn = mark.end(), NOBODY
-            elif mark[0] == ledger.end:
+            elif mark[0] == END:
                 if turn != NOBODY:
                     spans.append((begin, mark.start(), turn))
             elif turn == NOBODY:
@@ -174,7 +174,7 @@ class ChatTemplate:
             if message.tool_calls:  # what the model writes before the first argument is the template's text
                 prompt = self._prompt(messages[:turn], tools, ledger)
                 begin = len(prompt) if prompt and text.startswith(prompt) else begin
-            following = ledger.marks.search(text, behind)
+            following = MARKS.search(text, behind)
             end = self._pattern.search(text, behind, following.start() if following else len(text))
             spans.append((begin, end.end() if end else behind, turn))
         return spans
@@ -205,7 +205,7 @@ class ChatTemplate:
         at = 0
         for mark in marks:
             own(at, mark.start())
-            if mark[0] not in (ledger.begin, ledger.end):
+            if mark[0] not in (BEGIN, END):
                 pieces.append(Piece(_real(ledger, mark), False, inside(mark.start())))
             at = mark.end()
         own(at, len(text))

@@ -17,13 +17,13 @@ CHATML = (
 )
 
 
-def write_tokenizer(folder: Path, template: str | None = CHATML) -> Path:
-    """A byte-level tokenizer of 250 ids without merges, with what transformers keeps beside it."""
+def write_tokenizer(folder: Path, template: str | None = CHATML, letters: int = 246) -> Path:
+    """A byte-level tokenizer without merges, with what transformers keeps beside it; 256 letters spell any text."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     folder.mkdir(parents=True, exist_ok=True)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:246]
-    built = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:letters]
+    built = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
     built.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|im_start|>", "<|im_end|>", "<|end|>")])

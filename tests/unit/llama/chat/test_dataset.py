@@ -182,3 +182,10 @@ def test_recipes_that_cannot_work_are_refused_in_words(folder: Path, tmp_path: P
         check_chat(chat_recipe(folder, tmp_path / "tokens"))
     with pytest.raises(UserError, match="leaves no validation part"):
         chat_samples(chat_recipe(folder, talks, data__split="1", validation__interval=1))
+
+
+def test_an_export_finds_the_tokenizer_of_conversations_named_by_a_pattern(folder: Path) -> None:
+    from launch.export import _tokenizer
+
+    recipe = chat_recipe(folder, f"{folder}/*.jsonl")
+    assert _tokenizer(recipe, None) == (folder / "tokenizer", False)
