@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.conversations import Conversation
-from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer
 from llama.chat.template import ChatTemplate, Piece, Refused
 
+TOO_LONG = "too long"
 CHUNK = 512  # conversations encoded at once: the tokenizer's threads share them
 
 
@@ -45,7 +45,7 @@ class Encoder:
         loss: train all of the assistant's turns, or the last; a turn that says so itself (`trained`) has its way.
         truncation: error; drop; split at a turn; left: of the prompt, what is before the first trained token.
         limit: most tokens of an example.
-    `counts` tells what was refused, dropped, split, cut; `examples_of` the first places of each.
+    `counts` tells what was refused, dropped, split, cut; `places` the first place of each.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, loss: str, truncation: str, limit: int):
@@ -53,6 +53,7 @@ class Encoder:
         self.loss, self.truncation, self.limit = loss, truncation, limit
         self.counts: Counter[str] = Counter()
         self.places: dict[str, str] = {}
+        self.longest = 0  # tokens of the longest that is too long
         joint = tokenizer.encode("\n")
         # SentencePiece begins a text with a space of its own, which a text that goes on from another must not have.
         self._joint = joint if tokenizer.encode("\na")[len(joint) :] != tokenizer.encode("a") else None
@@ -114,10 +115,7 @@ class Encoder:
         return ids[len(joint) :] if ids[: len(joint)] == joint else self.tokenizer.encode(text)
 
     def examples(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, list[Example]]]:
-        """Each conversation with the examples that it gives: one, none, or several where it is split.
-
-        Raises UserError where one is too long and truncation is `error`.
-        """
+        """Each conversation with the examples that it gives: one, none, or several where it is split."""
         for chunk in _chunks(conversations, CHUNK):
             for conversation, example in zip(chunk, self.whole(chunk), strict=True):
                 yield conversation, [] if example is None else list(self._fit(conversation, example))
@@ -133,10 +131,8 @@ class Encoder:
         if len(example) <= self.limit:
             yield example
         elif self.truncation == "error":
-            raise UserError(
-                f"{conversation.source}: has {len(example):,} tokens, more than data.seq_length={self.limit - 1:,} takes; "
-                "raise it, or set chat.truncation to drop, split or left"
-            )
+            self._note(TOO_LONG, conversation)
+            self.longest = max(self.longest, len(example))
         elif self.truncation == "split":
             yield from self._split(conversation)
         elif self.truncation == "left":

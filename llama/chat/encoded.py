@@ -30,7 +30,7 @@ from data_prep.errors import UserError
 from data_prep.indexed import IndexedDataset, IndexedWriter, token_dtype
 from data_prep.inputs import expand_inputs
 from data_prep.tokenizers import Tokenizer, load_tokenizer
-from llama.chat.encode import Encoder
+from llama.chat.encode import TOO_LONG, Encoder
 from llama.chat.template import ChatTemplate, load_template
 from llama.config import Recipe, Source
 
@@ -226,7 +226,7 @@ def _write(folder: Path, encoder: Encoder, files: Sequence[Path], form: str, max
 
 
 def _check(encoder: Encoder, tally: Tally, trained: int, max_bad: float) -> None:
-    """Refuse a set of which too much is left out, or in which nothing is trained."""
+    """Refuse a set of which too much is left out or too long, or in which nothing is trained."""
     refused = {what: count for what, count in encoder.counts.items() if what.startswith("refused")}
     bad = tally.refused + sum(refused.values())
     if bad > max_bad * tally.records:
@@ -235,6 +235,12 @@ def _check(encoder: Encoder, tally: Tally, trained: int, max_bad: float) -> None
         raise UserError(
             f"{bad:,} of {tally.records:,} records are left out ({bad / tally.records:.2%}; chat.max_bad allows "
             f"{max_bad:.2%}): {'; '.join(causes)}. {' First: ' + '; '.join(tally.examples) if tally.examples else ''}"
+        )
+    if encoder.truncation == "error" and encoder.counts[TOO_LONG]:
+        raise UserError(
+            f"{encoder.counts[TOO_LONG]:,} of {tally.conversations:,} conversations have more tokens than "
+            f"data.seq_length={encoder.limit - 1} takes, up to {encoder.longest:,} (first: {encoder.places[TOO_LONG]}); "
+            "raise it, or set chat.truncation to drop, split or left"
         )
     if not trained:
         told = "; ".join(

@@ -119,4 +119,4 @@ def _refused(rank: int, config: Recipe) -> Any:
 def test_what_the_first_rank_refuses_ends_all_ranks_with_one_cause(folder: Path, tmp_path: Path) -> None:
     made = chat_recipe(folder, folder / "talks.jsonl", chat__truncation="error", data__seq_length=32)
     errors = harness.run(2, _refused, made.model_copy(update={"run_dir": str(tmp_path / "run")}))
-    assert errors[0] == errors[1] and "more than data.seq_length=32 takes" in errors[0]
+    assert errors[0] == errors[1] and "than data.seq_length=32 takes" in errors[0]

@@ -115,7 +115,9 @@ def test_each_way_to_treat_what_is_too_long(folder: Path, tmp_path: Path) -> Non
     assert lengths(folder, talks, "left") == ([short, 161], cut)
     split, counts = lengths(folder, talks, "split")
     assert counts == {"a round too long, dropped": 2, "split": 1} and split == [short, 161, 80]
-    with pytest.raises(UserError, match=r"t\.jsonl:2: has 2\d\d tokens, more than data\.seq_length=160"):
+    with pytest.raises(
+        UserError, match=r"3 of 4 .* than data\.seq_length=160 takes, up to 2\d\d \(first: .*t\.jsonl:2\)"
+    ):
         lengths(folder, talks, "error")
 
 

@@ -231,3 +231,21 @@ def test_templates_that_are_not_there_are_named(smollm: Tokenizer, tmp_path: Pat
     bare = load_tokenizer(material.llama2_tokenizer_model())
     with pytest.raises(UserError, match="has no chat template"):
         load_template("tokenizer", bare)
+
+
+@pytest.mark.network
+def test_llama3_ids_are_those_of_transformers_with_the_same_template() -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    from llama.chat.builtin import TEMPLATES
+
+    path = material.llama3_tokenizer_json()
+    tokenizer = load_tokenizer(path)
+    official = PreTrainedTokenizerFast(tokenizer_file=str(path))
+    template = load_template("llama3", tokenizer)
+    for turns in TALKS.values():
+        messages = [{"role": role, "content": text} for role, text in turns]
+        wanted = official.apply_chat_template(
+            messages, chat_template=TEMPLATES["llama3"], tokenize=True, return_dict=False
+        )
+        assert encode(tokenizer, template, talk(*turns)).ids.tolist() == wanted
