@@ -265,10 +265,11 @@ def compare(
             )
         line = {k: round(v, 2) if isinstance(v, float) else v for k, v in line.items()}
         lines.append({"tokenizer": kind, "corpus": corpus.name, "mb": round(size, 1), "tool": tool, **line})
-        shown = (
-            line.get("failed")
-            or f"{line['mb_per_second_without_startup']:8.1f} MB/s ({line['mb_per_second']} with start-up), peak {line.get('peak_mb', 0)} MB"
-        )
+        if "failed" in line:
+            shown = line["failed"]
+        else:
+            speeds = (line["mb_per_second_without_startup"], line["mb_per_second"], line.get("peak_mb", 0))
+            shown = "{:8.1f} MB/s ({} with start-up), peak {} MB".format(*speeds)
         print(f"{kind} {corpus.name} {tool:35} {shown}", flush=True)
     mine = found["herd"].get("sha256")
     for tool in tools:

@@ -173,7 +173,7 @@ class Stream:
 class Overlong:
     """Stands for a line that was passed over because it is longer than allowed: its bytes, and the first of them."""
 
-    def __init__(self, size: int, head: bytes) -> None:
+    def __init__(self, size: int, head: bytes = b"") -> None:
         self.size, self.head = size, head
 
 
