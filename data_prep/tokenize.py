@@ -96,8 +96,7 @@ def tokenize(
     if prefix.endswith(("/", os.sep)) or not Path(prefix).name:
         raise UserError(f"{prefix}: is a folder; name the files too, as in {prefix.rstrip('/')}/corpus", 2)
     folder = Path(f"{prefix}.parts")
-    for path in left_behind(folder.parent, f".{folder.name}.*"):
-        shutil.rmtree(path, ignore_errors=True)
+    _sweep(folder.parent, f".{folder.stem}.*")
     if not folder.exists():
         _refuse_existing(prefix, options)
     if options.workers is not None and options.workers < 1:
@@ -115,8 +114,7 @@ def tokenize(
     made_of = settings_digest({**settings, "files": [[str(f.path), f.form, f.size, f.mtime_ns] for f in files]})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in left_behind(folder):
-            path.unlink(missing_ok=True)
+        _sweep(folder)
         if options.merge and not options.overwrite and _existing(prefix):
             if meta := _made(prefix, made_of):  # killed before it could clear away, or another was faster
                 _remove(folder)
@@ -139,6 +137,15 @@ def tokenize(
         if isinstance(error, OSError):
             raise disk_error(error.filename or folder, error) from error
         raise
+
+
+def _sweep(folder: Path, pattern: str = ".*") -> None:
+    """Remove what processes that are gone left aside."""
+    for path in left_behind(folder, pattern):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class _DamagedPartsError(Exception):
@@ -448,6 +455,10 @@ def _finish(
     for path in folder.glob("*.json"):  # of an earlier input or setting
         if PART_NAME.search(name := path.name.removesuffix(".json")) and name not in kept:
             remove_part(folder, name)
+    for path in folder.glob("*.claim"):  # of a worker that died when its part was done
+        if path.stem in kept:
+            path.unlink(missing_ok=True)
+    _sweep(folder)
     dtype = token_dtype(loaded.vocab_size).newbyteorder("<")
     meta = {
         "herd_version": herd_version(),
