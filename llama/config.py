@@ -601,6 +601,10 @@ class Recipe(Section):
                 f"lora.targets leave layer {min(bare)} without an adapter, and a pipeline stage needs something to train; "
                 "target some linear of every layer, or set parallel.pipeline_parallel=1"
             )
+        if lora.quantize and self.train.compile:
+            raise ValueError(
+                "lora.quantize takes no train.compile=true: torch traces the unpacking for minutes; set train.compile=false"
+            )
         if lora.quantize != "nf4":
             return
         widths = {name: linear_shape(f"layers.0.{name}", model)[1] for name in HF_MODULES}

@@ -29,6 +29,7 @@ PP = {"parallel__pipeline_parallel": 2}
 NF4 = {"lora__quantize": "nf4", "model__hidden_size": 128, "model__intermediate_size": 384, "model__head_dim": 32}
 # name -> (ranks, what changes in the recipe)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "single_dropout_remat": (1, {**ALL, "lora__dropout": 0.3, "train__activation_checkpointing": "full"}),
     "fsdp2_dora_head": (2, DORA),
     "fsdp2_remat_tied": (2, {**ALL, "train__activation_checkpointing": "full", "model__tie_embeddings": True}),
     "fsdp2_compiled": (2, {**ALL, "train__compile": True}),
@@ -37,6 +38,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "sp2": (2, {**ALL, **TP}),
     "sp2_fsdp2_dora_head": (4, {**DORA, **TP}),
     "fsdp2_nf4": (2, {**NF4, "lora__targets": "all-linear,lm_head"}),
+    "fsdp2_nf4_dora_bf16": (2, {**NF4, **DORA, "train__precision": "bf16_mixed"}),
     "fsdp2_nf4_dora_remat": (2, {**NF4, **DORA, "train__activation_checkpointing": "selective"}),
     "sp2_fsdp2_nf4_dora": (4, {**NF4, **DORA, **TP}),
     "sp2_int8": (2, {**NF4, **TP, "lora__quantize": "int8"}),
@@ -112,7 +114,8 @@ def _plain(config: Recipe) -> str:
 def test_loss_and_gradients_are_those_of_one_process(name: str) -> None:
     world, changes = LAYOUTS[name]
     config = lora_recipe(**changes)
-    expect_like_one_process(harness.run(world, gradients, config), _single(_plain(config)), 1e-5)
+    tolerance = 1e-5 if config.train.precision == "fp32" else 3e-2
+    expect_like_one_process(harness.run(world, gradients, config), _single(_plain(config)), tolerance)
 
 
 def test_only_adapters_are_saved_and_another_layout_goes_on(tmp_path: Path) -> None:

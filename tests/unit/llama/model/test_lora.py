@@ -178,6 +178,7 @@ def test_dropout_is_a_function_of_seed_step_adapter_and_input() -> None:
         ({"lora": {"targets": ["q("]}}, "no regular expression"),
         ({"lora": {"targets": "lm_head"}, "model": {"tie_embeddings": True}}, "leave it out"),
         ({"lora": {"targets": r"model\.layers\.1\..*"}, "parallel": {"pipeline_parallel": 2}}, "layer 0 without"),
+        ({"lora": {"quantize": "int8"}, "train": {"compile": True}}, "set train.compile=false"),
         ({"lora": {"quantize": "nf4"}, "model": {"intermediate_size": 96}}, "mlp.down do not divide; use lora.quantize=int8"),
         ({"lora": {"quantize": "nf4"}, "parallel": {"tensor_parallel": 2}}, "attention.o do not divide over 2"),
     ],
