@@ -30,8 +30,9 @@ from data_prep.errors import UserError
 from data_prep.indexed import IndexedDataset, IndexedWriter, token_dtype
 from data_prep.inputs import expand_inputs
 from data_prep.tokenizers import Tokenizer, load_tokenizer
+from llama.chat.choose import load_template
 from llama.chat.encode import TOO_LONG, Encoder
-from llama.chat.template import ChatTemplate, load_template
+from llama.chat.template import ChatTemplate
 from llama.config import Recipe, Source
 
 VERSION = 1  # of what the same input is encoded to

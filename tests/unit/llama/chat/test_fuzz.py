@@ -11,9 +11,9 @@ import pytest
 from data_prep.conversations import Conversation, Location, Message
 from data_prep.errors import UserError
 from data_prep.tokenizers import load_tokenizer
+from llama.chat.choose import load_template
 from llama.chat.encode import Encoder
 from llama.chat.encoded import open_encoded
-from llama.chat.template import load_template
 from tests.unit.llama.chat.chats import chat_recipe, write_tokenizer
 
 PARTS = (

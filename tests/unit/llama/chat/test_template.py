@@ -10,8 +10,9 @@ import pytest
 from data_prep.conversations import Conversation, Function, Location, Message, ToolCall
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer, load_tokenizer
+from llama.chat.choose import load_template
 from llama.chat.encode import Encoder, Example
-from llama.chat.template import ChatTemplate, load_template
+from llama.chat.template import ChatTemplate
 from tests import material
 
 MARKED = (
