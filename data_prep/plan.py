@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data_prep.errors import UserError
 from data_prep.inputs import PARQUET, TEXT, File
 from data_prep.streams import PLAIN, packing
 
@@ -81,7 +82,7 @@ def settings_digest(settings: dict[str, Any]) -> str:
 def make_plan(files: Sequence[File], settings: str, part_bytes: int, whole_text: bool) -> list[Unit]:
     """Units in the order of the output. `whole_text`: a text file is one document and cannot be cut by bytes.
 
-    Raises UserError for a Parquet file that cannot be read.
+    Raises UserError for a file that cannot be read.
     """
     units: list[Unit] = []
     small: list[Span] = []
@@ -116,8 +117,11 @@ def make_plan(files: Sequence[File], settings: str, part_bytes: int, whole_text:
 
 
 def _packing(file: File) -> str:
-    with file.path.open("rb") as stream:
-        return packing(stream.read(4))
+    try:
+        with file.path.open("rb") as stream:
+            return packing(stream.read(4))
+    except OSError as error:
+        raise UserError(f"{file.path}: cannot be read: {error.strerror}; check the path and its permissions") from error
 
 
 def _row_groups(file: File, settings: str, part_bytes: int) -> list[Unit]:
