@@ -99,7 +99,7 @@ def test_small_files_share_a_part_and_nothing_else_does(shelf: Path) -> None:
 
 
 def names_of(files: Sequence[File], digest: str, part_bytes: int = 1000) -> list[str]:
-    return [unit.part(0).name for unit in make_plan(files, digest, part_bytes, True)]
+    return [unit.part(0).name for unit in make_plan(files, digest, part_bytes, False)]
 
 
 def test_a_parts_name_changes_with_all_that_goes_into_it_and_nothing_else(shelf: Path) -> None:
