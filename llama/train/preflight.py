@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import statistics
@@ -32,6 +33,7 @@ from llama.config import Recipe
 from llama.device import Device
 from llama.layout import Layout
 from llama.model.llama import count_parameters
+from llama.parallel.adapters import adapter_shapes
 from llama.run_folder import RunFolder, complete
 from llama.train.stragglers import (
     Findings,
@@ -291,7 +293,9 @@ def _compare_devices(facts: Sequence[Facts], findings: Findings) -> None:
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """About what one checkpoint takes: weights and both moments."""
+    """About what one checkpoint takes: what is trained, and both moments of it."""
+    if recipe.lora.rank:
+        return 12 * sum(math.prod(shape) for shape in adapter_shapes(recipe).values())
     weight = moment = 4
     if recipe.train.precision == "bf16_sr":
         weight, moment = 2, 4 if recipe.optimizer.state_dtype == "float32" else 2
