@@ -14,6 +14,7 @@ from array import array
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import msgspec
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
@@ -24,6 +25,7 @@ from data_prep.index_format import CODES, HEADER, MAGIC, VERSION, sync_folder
 
 ENDINGS = (".bin", ".idx", ".json", ".log.jsonl")
 LIST = "parts.json"
+INDEX_BLOCK = 1 << 18  # documents whose index is laid out at a time
 LONGEST = np.iinfo(np.int32).max  # tokens of one sequence that .idx can say
 
 
@@ -99,7 +101,7 @@ class PartWriter:
         try:
             if self._log is None:
                 self._log = self._path(".log.jsonl").open("wb")
-            self._log.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._log.write(msgspec.json.encode(line) + b"\n")
         except OSError as error:
             raise disk_error(self._aside, error) from error
 
@@ -117,19 +119,15 @@ class PartWriter:
                 with self._log as log:
                     log.flush()
                     os.fsync(log.fileno())
-            index = self._index()
-            with self._path(".idx").open("wb") as file:
-                file.write(index)
-                file.flush()
-                os.fsync(file.fileno())
+            index_hash = self._write_index()
             for ending in (".log.jsonl", ".idx", ".bin"):
                 if self._path(ending).exists():
                     self._path(ending).replace(self.folder / f"{self.name}{ending}")
             sync_folder(self.folder)
         except OSError as error:
             raise disk_error(self.folder / self.name, error) from error
-        counts = {"documents": len(self._lengths), "sequences": sum(n > 0 for n in self._lengths)}
-        digests = {"bin_xxh3": self._hash.hexdigest(), "idx_xxh3": xxhash.xxh3_128_hexdigest(index)}
+        counts = {"documents": len(self._lengths), "sequences": int(np.count_nonzero(self._lengths))}
+        digests = {"bin_xxh3": self._hash.hexdigest(), "idx_xxh3": index_hash}
         full = {**sidecar, **counts, "tokens": self.tokens, "dtype": self.dtype.str, **digests}
         write_json(self.folder / f"{self.name}.json", full)
         return full
@@ -144,16 +142,37 @@ class PartWriter:
             with contextlib.suppress(OSError):
                 self._path(ending).unlink(missing_ok=True)
 
-    def _index(self) -> bytes:
-        """The bytes of .idx; a document without tokens is a document with no sequence, as Megatron writes it."""
+    def _write_index(self) -> str:
+        """Write .idx block by block, and return its digest: a part may hold a hundred million documents.
+
+        A document without tokens is a document with no sequence, as Megatron writes it.
+        """
         lengths = np.frombuffer(self._lengths, np.int32) if self._lengths else np.empty(0, np.int32)
-        kept = lengths[lengths > 0]
-        pointers = (np.cumsum(kept, dtype=np.int64) - kept) * self.dtype.itemsize
-        documents = np.concatenate([[0], np.cumsum(lengths > 0)])
-        head = HEADER.pack(MAGIC, VERSION, CODES[self.dtype], len(kept), len(documents))
-        return (
-            head + kept.astype("<i4").tobytes() + pointers.astype("<i8").tobytes() + documents.astype("<i8").tobytes()
-        )
+        digest, size = xxhash.xxh3_128(), self.dtype.itemsize
+        blocks = [lengths[at : at + INDEX_BLOCK] for at in range(0, len(lengths), INDEX_BLOCK)]
+        with self._path(".idx").open("wb") as file:
+
+            def write(data: bytes) -> None:
+                digest.update(data)
+                file.write(data)
+
+            write(HEADER.pack(MAGIC, VERSION, CODES[self.dtype], int(np.count_nonzero(lengths)), len(lengths) + 1))
+            for block in blocks:
+                write(block[block > 0].astype("<i4").tobytes())
+            at = 0
+            for block in blocks:
+                ends = np.cumsum(block[block > 0], dtype="<i8")
+                write(((ends - block[block > 0] + at) * size).astype("<i8").tobytes())
+                at += int(ends[-1]) if len(ends) else 0
+            count = 0
+            write(np.zeros(1, "<i8").tobytes())
+            for block in blocks:
+                documents = np.cumsum(block > 0, dtype="<i8") + count
+                write(documents.astype("<i8").tobytes())
+                count = int(documents[-1])
+            file.flush()
+            os.fsync(file.fileno())
+        return digest.hexdigest()
 
 
 def read_sidecar(folder: Path, name: str) -> dict[str, Any] | None:

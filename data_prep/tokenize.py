@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from data_prep import engines, tokenizers
 from data_prep.claims import Claims, left_behind, signature
 from data_prep.errors import UserError
@@ -410,7 +412,7 @@ def _finish(
     used: set[str] = set()
     aside = log_path.with_name(f".{log_path.name}.{signature()}.tmp")
     logged = 0
-    with aside.open("w", encoding="utf-8") as log:
+    with aside.open("wb") as log:
         for unit in units:
             for part, sidecar in done_parts(folder, unit):
                 if sidecar is None:
@@ -426,7 +428,7 @@ def _finish(
                 before = {i: lines.get(span["file"], 0) for i, span in enumerate(sidecar["spans"])}
                 for fault in _log_of(folder, part.name):
                     fault["line"] += before[fault.pop("span")]
-                    log.write(json.dumps(fault, ensure_ascii=False) + "\n")
+                    log.write(msgspec.json.encode(fault) + b"\n")
                     logged += 1
                     if not fault["kept"] and len(shown) < SHOWN:
                         detail = f" ({fault['detail']})" if fault["detail"] else ""
@@ -498,4 +500,4 @@ def _log_of(folder: Path, name: str) -> Iterator[dict[str, Any]]:
     """A part's bad lines. Read as bytes: a text's own line separators, such as U+2028, end no line of the log."""
     with contextlib.suppress(FileNotFoundError), (folder / f"{name}.log.jsonl").open("rb") as log:
         for line in log:
-            yield json.loads(line)
+            yield msgspec.json.decode(line)

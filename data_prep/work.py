@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,7 @@ class Worker:
                 total.add(batch.tally)
                 text_bytes += batch.text_bytes
                 for fault in batch.faults:
-                    writer.log({"file": str(span.file.path), "span": len(spans), **asdict(fault)})
+                    writer.log({"file": str(span.file.path), "span": len(spans), **vars(fault)})
                 self.counters.add(batch.text_bytes, batch.tally.documents, len(ids))
                 self.counters.disk(disk + reader.disk)
             disk += reader.disk

@@ -318,6 +318,7 @@ def test_of_ten_thousand_mutated_lines_each_is_accounted_for(
     for part_bytes, block in zip(PARTS, (1000, 60_000, 1 << 20), strict=True):
         monkeypatch.setattr("data_prep.readers.BLOCK_BYTES", block)
         monkeypatch.setattr("data_prep.streams.PLAIN_BLOCK", block)
+        monkeypatch.setattr("data_prep.parts.INDEX_BLOCK", block // 100)
         options = {"part_bytes": part_bytes, "max_line_bytes": MAX_LINE, "max_bad": 1.0, "keep_parts": True}
         meta = tokenize([folder], demo, tmp_path / f"{part_bytes}", **options)
         assert meta["lines"] == counts.total() and meta["blank_lines"] == counts["blank"]

@@ -131,6 +131,10 @@ class Command:
 
     def __init__(self, demo: Path, prefix: Path, *words: str) -> None:
         self.folder = Path(f"{prefix}.parts")
+        if (
+            signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        ):  # as shells have it in the background; it would be inherited
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         words = ("--workers", str(WORKERS), "--engine", "official", "--part-size", "100K", *words)
         self.process = subprocess.Popen(
             [*HERD, str(demo / "corpus"), "--tokenizer", str(demo), "--output", str(prefix), *words],
