@@ -76,12 +76,14 @@ def soak(folder: Path, kills: int, seed: int) -> dict[str, Any]:
                 0,
             )
         way = draw.choice(ways if workers_killed < 2 else ways[:-1])  # three over one part end the work
+        share = (parts - len(known)) / (kills - len(redone))
         if draw.random() < 1 / 3:
-            time.sleep(draw.random() * START_SECONDS)
+            moment = time.monotonic() + draw.random() * START_SECONDS
+            while time.monotonic() < moment and len(done(left)) - len(known) < share:
+                time.sleep(0.01)
         else:
-            share = (parts - len(known)) / (kills - len(redone))
             command.wait_for_parts(1 + int(draw.random() * min(3, share)))
-            time.sleep(draw.random() * 0.1)
+            time.sleep(draw.random() * 0.05)
         if way == "worker_killed":
             workers = command.workers()
             if not workers:
