@@ -20,7 +20,7 @@ from tests.slurm.faults import FAULTS, RECIPE, Disturbed, disturb, final_files
 
 CPU = {"HERD_NODE_TYPE": "cpu", "HERD_PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0"}
 STEPS = 60
-SOAK_STEPS = 260
+SOAK_STEPS = 450  # so many that a slow machine, where faults come late, does not reach the end before the last of them
 SOAK_FAULTS = int(os.environ.get("HERD_SOAK_FAULTS", "50"))
 
 
