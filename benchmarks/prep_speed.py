@@ -9,7 +9,9 @@ Each tool is run as its user would, as a process of its own: on the whole corpus
 time is taken to be start-up (imports, loading and certifying tokenizers) and is given apart. Megatron-LM's
 preprocess_data.py and preprocess_data_fast.py and datatrove run on two shards of one file as they document; a peer that
 cannot run is named with the reason. `bare` is the fast engine alone, in as many processes, on text that is in memory
-already: what no tool can pass. Text is counted as the bytes of the JSON Lines. Writes benchmarks/results/prep_speed-CPU.json.
+already: what no tool can pass. The quick tools are also run on --times copies of the corpus: what the others take more
+than the first gives the speed that a large corpus sees, free of start-up and of workers that end unevenly. Text is
+counted as the bytes of the JSON Lines. Writes benchmarks/results/prep_speed-CPU.json.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import psutil
 
 HERE = Path(__file__).resolve().parent
 HEAD = 2_000_000  # bytes of the run whose time is start-up
+QUICK = ("herd", "megatron preprocess_data_fast.py")
 DATATROVE = """
 import sys
 from datatrove.executor import LocalPipelineExecutor
@@ -137,6 +140,8 @@ def main() -> None:
     parser.add_argument("--extra", type=Path, help="a folder of packages that the peers need (pip install --target)")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2, help="of the quick ones; the best counts")
+    parser.add_argument("--quick", action="store_true", help="only the bare engine and the quick tools")
+    parser.add_argument("--times", type=int, default=4, help="copies of the corpus for the quick tools")
     parser.add_argument("--to", type=Path, default=HERE / "results/prep_speed-CPU.json")
     asked = parser.parse_args()
 
@@ -228,6 +233,8 @@ def compare(
         tools["megatron preprocess_data.py"] = (megatron, theirs, 1)
         tools["megatron preprocess_data_fast.py"] = (fast, theirs, asked.rounds)
     tools["datatrove"] = (datatrove, theirs, 1)
+    if asked.quick:
+        tools = {tool: how for tool, how in tools.items() if tool in QUICK}
     found: dict[str, dict[str, Any]] = {}
     for round_number in range(asked.rounds):
         seconds = bare(directory / "tokenizer.json", [corpus], key, asked.workers)
@@ -250,6 +257,15 @@ def compare(
             written = next(
                 (p for p in (Path(f"{output}.bin"), Path(f"{output}_{key}_document.bin")) if p.exists()), None
             )
+            if written and tool in QUICK:
+                large = work / "large.jsonl"
+                with large.open("wb") as file:
+                    for _ in range(asked.times):
+                        file.write(corpus.read_bytes())
+                more, peak = timed(command(large, work / "large"), environment)
+                line["mb_per_second_at_scale"] = round(size * (asked.times - 1) / max(1e-9, more - whole), 1)
+                line["peak_mb"] = max(line["peak_mb"], peak)
+                large.unlink()
             if written:
                 line["sha256"] = {"bin": sha256(written), "idx": sha256(written.with_suffix(".idx"))}
                 written.unlink()
@@ -268,8 +284,10 @@ def compare(
         if "failed" in line:
             shown = line["failed"]
         else:
-            speeds = (line["mb_per_second_without_startup"], line["mb_per_second"], line.get("peak_mb", 0))
-            shown = "{:8.1f} MB/s ({} with start-up), peak {} MB".format(*speeds)
+            names = ("mb_per_second_without_startup", "mb_per_second", "mb_per_second_at_scale", "peak_mb")
+            shown = "{:8.1f} MB/s ({} with start-up, {} at scale), peak {} MB".format(
+                *(line.get(n, "-") for n in names)
+            )
         print(f"{kind} {corpus.name} {tool:35} {shown}", flush=True)
     mine = found["herd"].get("sha256")
     for tool in tools:
