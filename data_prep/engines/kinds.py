@@ -6,6 +6,7 @@ import importlib
 import itertools
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,7 @@ class Official:
         return self._tokenizer.encode_flat(texts, self.special)
 
 
-class _Fast:
+class _Fast(ABC):
     """What the fast engines share: text as the official tokenizer takes it, and one thread.
 
     Texts that an engine cannot take go to the official tokenizer: those with a symbol that tokenizer.json cannot
@@ -61,11 +62,13 @@ class _Fast:
             self._load(json)
             self._encode(["a", "b"])
 
+    @abstractmethod
     def _load(self, json: str) -> None:
-        raise NotImplementedError
+        """Make the library's model of a tokenizer.json."""
 
+    @abstractmethod
     def _encode(self, texts: list[str]) -> Flat:
-        raise NotImplementedError
+        """The library's own ids of each text, end to end, and their counts."""
 
     def encode_flat(self, texts: Sequence[str]) -> Flat:
         symbol = self._symbol
