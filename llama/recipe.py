@@ -160,7 +160,7 @@ def load(name: str, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def lay_out(recipe: Recipe, world_size: int) -> Layout:
-    """llama.config.layout, with a misfit as a UserError."""
+    """llama.layout.layout, with a misfit as a UserError."""
     try:
         return layout(recipe, world_size)
     except ValueError as error:

@@ -1,0 +1,76 @@
+"""Steps, their optimizer and its schedule, and which steps are not taken."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llama.config.section import Count, NonNegative, Section
+
+Precision = Literal["bf16_mixed", "bf16_sr", "fp32"]
+
+
+class Optimizer(Section):
+    """AdamW (Loshchilov and Hutter 2019), decay on matrices only, clipping by the global norm."""
+
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    """Highest learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """Applied to matrices, embeddings among them; never to norms."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest global gradient norm; no clipping when null."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of both moments under precision=bf16_sr; otherwise they follow the fp32 weights."""
+
+
+class Schedule(Section):
+    """Learning rate over steps: linear warm-up to optimizer.lr, then `kind` down to min_lr."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """wsd: warm-up, stable, then linear decay over the last decay_steps."""
+    warmup_steps: NonNegative = 0
+    decay_steps: Count | None = None
+    """Steps at which linear and cosine reach min_lr (train.steps when not given); for wsd the length of the decay."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Guard(Section):
+    """Steps that are not taken: all ranks agree, the step is counted, and too many in a row end the run."""
+
+    max_skips: Count = 10
+    """Skipped steps in a row after which the run stops."""
+    loss_spike: Annotated[float, Field(gt=1)] | None = None
+    """Skip when the loss is above this multiple of its recent median; null: only non-finite values are skipped."""
+    gradient_spike: Annotated[float, Field(gt=1)] | None = None
+    """The same for the gradient norm."""
+    window: Count = 128
+    """Taken steps that the median looks back on; spikes are judged once a quarter of it is filled."""
+
+
+class Train(Section):
+    """The training run itself."""
+
+    steps: Count
+    """Optimizer steps of the whole run, resumed parts included."""
+    global_batch_size: Count
+    """Sequences in one optimizer step, over all ranks."""
+    micro_batch_size: Count = 1
+    """Sequences that one rank computes at once."""
+    precision: Precision = "bf16_mixed"
+    """bf16_mixed: bf16 arithmetic, fp32 weights; bf16_sr: everything bf16, updates rounded stochastically; fp32."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute in backward: nothing, all but matrix products and attention, or each whole block."""
+    compile: bool = False
+    """torch.compile each block."""
+    loss_chunk: Count = 1024
+    """Tokens whose logits exist at once; memory is loss_chunk × vocabulary / tensor_parallel."""
+    seed: int = 1234
+    """Seed of initial weights and of stochastic rounding."""
+    init_from: str | None = None
+    """Hugging Face directory whose weights the run starts from; random weights when not given."""
+    garbage_collection_steps: Count = 50
+    """Python's collector runs every so many steps on all ranks together, so that none makes the others wait."""
+    guard: Guard = Guard()
