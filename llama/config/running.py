@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from llama.config.section import Count, NonNegative, Section
 
@@ -48,3 +48,20 @@ class Log(Section):
     interval: Count = 1
     """Steps between lines and TensorBoard points."""
     tensorboard: bool = True
+    mlflow: str | None = None
+    """Where MLflow records the run too: a folder, a server's URI (http://…), or env: what MLFLOW_TRACKING_URI says."""
+    mlflow_experiment: Annotated[str, Field(min_length=1)] = "herd"
+    """MLflow's experiment, made where it is missing."""
+    mlflow_run: str | None = None
+    """Name of MLflow's run; that of the run folder when not given."""
+
+    @field_validator("mlflow")
+    @classmethod
+    def _without_password(cls, uri: str | None) -> str | None:
+        # The recipe is written into the run's folder and into MLflow itself.
+        if uri and "@" in uri.partition("://")[2].partition("/")[0]:
+            raise ValueError(
+                "the address holds a user or password, which would be written down; give MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD in the environment, or MLFLOW_TRACKING_URI and log.mlflow=env"
+            )
+        return uri

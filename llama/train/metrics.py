@@ -1,10 +1,11 @@
-"""What a run shows and records: a line for people, TensorBoard points, speed and utilisation."""
+"""What a run shows and records: a line for people, points for TensorBoard and MLflow, speed and utilisation."""
 
 from __future__ import annotations
 
-import contextlib
 import math
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from llama.model.llama import flops_per_token
 from llama.train.journal import Journal
 from llama.train.optim import total_over_ranks
 from llama.train.screen import Screen
+from llama.train.sinks import Ended, Sink, TensorBoard
 
 
 @dataclass(frozen=True)
@@ -81,14 +83,18 @@ class Metrics:
         self.recipe, self.device, self.world, self.journal = recipe, device, world, journal
         writes = journal.writes
         self.peak, self.peak_in_words = utilisation_base(recipe, device, world)
-        self.board = None
-        if writes and recipe.log.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Points after the step resumed from belong to a part that was lost: this hides them.
-            folder = str(journal.run.tensorboard)
-            self.board = SummaryWriter(folder, purge_step=first_step + 1, flush_secs=10)
         self.screen = Screen(writes, first_step, recipe.train.steps)
+        self.last_step = first_step
+        self.sinks: list[Sink] = []
+        if writes and recipe.log.tensorboard:
+            self.sinks.append(TensorBoard(journal.run.tensorboard, first_step, self.say))
+        if recipe.log.mlflow:
+            from llama.train.mlflow_sink import Mlflow, tracking_uri
+
+            tracking_uri(recipe.log.mlflow)  # a missing package is every rank's error
+            if writes:
+                facts = {"device": device.name, "ranks": str(world)}
+                self.sinks.append(Mlflow(recipe, journal.run, facts, self.say))
         self.restart_clock()
 
     def say(self, text: str) -> None:
@@ -101,6 +107,7 @@ class Metrics:
 
     def step(self, report: StepReport, parameter_norm: float | None) -> None:
         """Record a step: a line and points every log.interval steps and at the last; a line at each skipped one."""
+        self.last_step = report.step
         self.steps_since += 1
         self.data_since += report.data_time
         if report.skipped:
@@ -130,7 +137,7 @@ class Metrics:
             values["parameter_norm"] = parameter_norm
         for name, causal in (("mfu_full", False), ("mfu_causal", True)):
             values[name] = tokens * flops_per_token(r.model, r.data.seq_length, causal) / self.peak
-        self.record(values, report.step)
+        self.scalars(report.step, values)
         left = (r.train.steps - report.step) * step_time
         self.journal.status(
             last=report.step == r.train.steps, step=report.step, steps=r.train.steps, loss=report.loss,
@@ -153,34 +160,32 @@ class Metrics:
 
     def validation(self, step: int, loss: float, seconds: float) -> None:
         """Record the loss on held-out samples."""
-        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}, {seconds:.1f} s")
-        self.record({"val_loss": loss}, step)
+        perplexity = math.exp(min(loss, 700))
+        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}, {seconds:.1f} s")
+        self.scalars(step, {"val_loss": loss, "val_perplexity": perplexity})
         self.journal.validation_loss = loss
         self.journal.event("validation", step=step, loss=loss)
 
-    def record(self, values: dict[str, float], step: int) -> None:
-        """Points for TensorBoard; a disk that is full ends them, not the run: its next checkpoint will."""
-        if self.board is None:
-            return
-        try:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-        except OSError as error:
-            self.board = None
-            self.say(f"warning: TensorBoard's events can no longer be written: {error.strerror or error}")
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Points of a step, by name, for TensorBoard and MLflow."""
+        for sink in self.sinks:
+            sink.scalars(step, values)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        """A text of a step, such as what the model answers, for TensorBoard and MLflow."""
+        for sink in self.sinks:
+            sink.text(step, tag, text)
 
     def flush(self) -> None:
         """Have all points on disk."""
-        if self.board is not None:
-            try:
-                self.board.flush()
-            except OSError as error:
-                self.board = None
-                self.say(f"warning: TensorBoard's events can no longer be written: {error.strerror or error}")
+        for sink in self.sinks:
+            sink.flush()
 
     def close(self) -> None:
-        """Flush what is recorded."""
-        if self.board is not None:
-            with contextlib.suppress(OSError):
-                self.board.close()
+        """Nothing comes any more: flush what is recorded. Called as the run ends, be it by an error."""
+        ended: Ended = "finished" if self.last_step >= self.recipe.train.steps else "stopped"
+        if sys.exception() is not None:
+            ended = "failed"
+        for sink in self.sinks:
+            sink.close(ended)
         self.screen.close()
