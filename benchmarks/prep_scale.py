@@ -171,7 +171,9 @@ from pathlib import Path
 from data_prep import tokenizers
 from data_prep.inputs import describe, expand_inputs
 from data_prep.plan import make_plan, part_size, settings_digest
-from data_prep.tokenize import Options, _finish, _state
+from data_prep.account import finish
+from data_prep.options import Options
+from data_prep.tokenize import _state
 from data_prep.work import done_parts
 folder, tokenizer, plant = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "plant"
 parts = folder / "out.parts"
@@ -203,7 +205,7 @@ else:
     left, done = _state(parts, units)
     assert not left
     step("look_at_all_parts")
-    meta = _finish(parts, units, files, tokenizers.load_tokenizer(tokenizer), Options(), "")
+    meta = finish(parts, units, files, tokenizers.load_tokenizer(tokenizer), Options(), "")
     assert meta["documents"] == 60000 * len(units)
     step("add_up")
     peak = int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) // 1024

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import threading
 import time
@@ -62,6 +63,15 @@ def left_behind(folder: Path, pattern: str = ".*") -> list[Path]:
             ):
                 found.append(path)
     return found
+
+
+def sweep(folder: Path, pattern: str = ".*") -> None:
+    """Remove what processes that are gone left aside."""
+    for path in left_behind(folder, pattern):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _started(pid: int) -> float | None:

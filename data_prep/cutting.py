@@ -18,6 +18,8 @@ from data_prep.engines import Engine
 from data_prep.tokenizers import LLAMA3_SPLIT, HuggingFace, SentencePiece, Tokenizer
 from data_prep.tokenizers.base import Flat
 from data_prep.tokenizers.sentencepiece_rules import BPE
+from data_prep.tokenizers.spec import are
+from data_prep.tokenizers.spec import steps as steps_of
 from data_prep.tokenizers.tiktoken import SPACE_CUT, SPACE_RUN, run_start
 
 # White space and its opposite in every library's tables: Python's \s holds all that theirs do, but for three oddities.
@@ -123,39 +125,27 @@ def _of_json(tokenizer: HuggingFace, special: bool) -> Cutter | None:
         return None
     if any(not token["special"] or token["lstrip"] or token["rstrip"] or token["single_word"] for token in added):
         return None  # they may take the white space beside them
-    steps, before = _steps(spec.get("pre_tokenizer"), "pretokenizers"), _steps(spec.get("normalizer"), "normalizers")
+    steps, before = (
+        steps_of(spec.get("pre_tokenizer"), "pretokenizers"),
+        steps_of(spec.get("normalizer"), "normalizers"),
+    )
     if not before and steps and steps[-1].get("type") == "ByteLevel":
         # Digits(individual) parts the text before the pattern sees it, at places that a digit alone decides.
         digits = {"type": "Digits", "individual_digits": True}
-        if _are(steps, [_GPT2_STEP]) or _are(steps, [digits, _GPT2_STEP]):
+        if are(steps, [_GPT2_STEP]) or are(steps, [digits, _GPT2_STEP]):
             return Cutter(_GPT2 if special else _GPT2 + _WORDS)
-        return Cutter(_LLAMA3 if special else _LLAMA3 + _WORDS) if _are(steps, _LLAMA3_STEPS) else None
+        return Cutter(_LLAMA3 if special else _LLAMA3 + _WORDS) if are(steps, _LLAMA3_STEPS) else None
     merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or ())
     if model.get("ignore_merges") or any(right.startswith("▁") and left.strip("▁") for left, right in merges):
         return None
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     control = tokenizer.control if special else {}
-    if not steps and (_are(before, [{"type": "Prepend", "prepend": "▁"}, replace]) or _are(before, [replace])):
+    if not steps and (are(before, [{"type": "Prepend", "prepend": "▁"}, replace]) or are(before, [replace])):
         return _spaced(model["vocab"], len(before) == 2, control)
     # Metaspace, not split, puts ▁ only before text that does not begin with one: none behind a cut.
-    if not before and _are(steps, [{"type": "Metaspace", "replacement": "▁", "split": False}]):
+    if not before and are(steps, [{"type": "Metaspace", "replacement": "▁", "split": False}]):
         return _spaced(model["vocab"], False, control)
     return None
-
-
-def _steps(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as a flat list."""
-    if not step:
-        return []
-    return [each for part in step[inner] for each in _steps(part, inner)] if step["type"] == "Sequence" else [step]
-
-
-def _are(steps: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> bool:
-    """Do the steps say what is wanted, whatever they say besides?"""
-    pairs = zip(steps, wanted, strict=False)
-    return len(steps) == len(wanted) and all(
-        step.get(key) == value for step, need in pairs for key, value in need.items()
-    )
 
 
 def encode_long(engine: Engine, cutter: Cutter, text: str, block: int = 1 << 20) -> Flat:

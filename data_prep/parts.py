@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from array import array
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,6 +49,15 @@ def write_json(path: Path, value: object) -> None:
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; {} when it is not there or no object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 class PartWriter:
@@ -202,3 +212,11 @@ def remove_part(folder: Path, name: str) -> None:
     """Remove a part, its sidecar first."""
     for ending in (".json", ".idx", ".bin", ".log.jsonl"):
         (folder / f"{name}{ending}").unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove the parts: first from where others look, who may be writing this moment."""
+    aside = folder.with_name(f".{folder.name}.{signature()}.done")
+    with contextlib.suppress(FileNotFoundError):
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)

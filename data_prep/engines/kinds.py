@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep import tokenizers
+from data_prep.engines.spaces import ESCAPE, with_spaces
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer, build
 from data_prep.tokenizers.base import Flat, joined
@@ -107,9 +108,13 @@ class Fastokens(_Fast):
     name = "fastokens"
 
     def _load(self, json: str) -> None:
-        self._model: Any = importlib.import_module("fastokens").Tokenizer.from_json_str(json)
+        spaced = with_spaces(json)
+        self._spaced = spaced is not None
+        self._model: Any = importlib.import_module("fastokens").Tokenizer.from_json_str(spaced or json)
 
     def _encode(self, texts: list[str]) -> Flat:
+        if self._spaced:
+            texts = [text.replace(ESCAPE, " ") for text in texts]
         ids, ends = self._model.encode_batch_flat(
             texts, add_special_tokens=False, split_special_tokens=not self.special
         )

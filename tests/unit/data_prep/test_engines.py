@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from data_prep import engines
 from data_prep.demo_text import train_tokenizer
 from data_prep.engines.kinds import FAST, Official
 from data_prep.engines.probes import fuzz
+from data_prep.engines.spaces import with_spaces
 from data_prep.errors import UserError
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 from data_prep.tokenizers.base import Flat
@@ -27,6 +29,7 @@ from tests.oracles import oracle
 SENTENCES = ["All human beings are born free and equal in dignity and rights.", "日本語 naïve 🦙 123\n\n\tx"] * 30
 ASCII = " ".join(map(chr, range(33, 127)))  # of which a vocabulary for these sentences has to have each
 HARD = ["", " ", "</s><|begin_of_text|> a", "a\ud800b", "x" + " " * 250_000 + "y" + "\n" * 99_999 + "z", "\x04\x06 é\t"]
+HARD += ["▁", "▁▁ a▁b  ▁ ▁c", "日▁ 本  ▁é   ▁"]  # what SentencePiece writes for a space, in the text itself
 PATHS = {
     "llama2": material.llama2_tokenizer_model,
     "llama3": material.llama3_tokenizer_model,
@@ -179,6 +182,39 @@ def test_symbols_of_a_user_are_found_by_the_official_tokenizer(tmp_path: Path) -
     texts = ["free", "free<sep>equal", "born", "and", "equal"]
     assert engines.check(engine, tokenizer, texts) is None
     assert tokenizer.symbols == ["<sep>", "eq"] and len(tokenizer.encode("<sep>")) == 2
+
+
+def test_only_vocabularies_that_stay_the_same_are_told_to_an_engine_with_spaces(
+    load: Callable[[str], Tokenizer],
+) -> None:
+    spec = json.loads(load("small").as_json())
+    prefix, replace = spec["normalizer"]["normalizers"]
+
+    def spaced(**changes: object) -> dict[str, Any] | None:
+        text = with_spaces(json.dumps({**spec, **changes}, ensure_ascii=False))
+        return None if text is None else dict(json.loads(text))
+
+    told = spaced()
+    assert told is not None and told["normalizer"] == {"type": "Prepend", "prepend": " "}
+    assert "▁" not in json.dumps(told, ensure_ascii=False) and len(told["model"]["vocab"]) == len(
+        spec["model"]["vocab"]
+    )
+    bare = spaced(normalizer=replace)
+    assert bare is not None and bare["normalizer"] is None
+    token = {"id": 499, "special": True, "normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
+    assert spaced(added_tokens=[{**token, "content": "<x>"}]) is not None
+    vocab = spec["model"]["vocab"]
+    without = {piece: number for piece, number in vocab.items() if piece != "▁"}
+    for refused in (
+        spaced(normalizer=prefix),
+        spaced(normalizer={"type": "Sequence", "normalizers": [{"type": "NFKC"}, prefix, replace]}),
+        spaced(pre_tokenizer={"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}),
+        spaced(model={**spec["model"], "vocab": {**vocab, "a b": 500}}),
+        spaced(model={**spec["model"], "vocab": without}),
+        spaced(added_tokens=[{**token, "content": "<begin▁of>"}]),
+        spaced(added_tokens=[{**token, "content": "<x>", "normalized": True}]),
+    ):
+        assert refused is None
 
 
 def test_the_built_json_is_kept_and_found_again(load: Callable[[str], Tokenizer], tmp_path: Path) -> None:

@@ -19,8 +19,9 @@ from data_prep.cutting import cutter
 from data_prep.errors import UserError
 from data_prep.filters import Filters
 from data_prep.indexed import IndexedDataset
+from data_prep.parts_file import read_meta
 from data_prep.readers import Reading
-from data_prep.tokenize import Options, read_meta
+from data_prep.tokenize import Options
 from data_prep.tokenizers import load_tokenizer, sha256
 from tests import material
 from tests.oracles import oracle
@@ -215,7 +216,7 @@ def test_an_engine_that_proves_wrong_is_given_up_with_all_it_made(
         engines, "load_engine",
         lambda name, *a, **k: Wrong(load(name, *a, **k)) if name == "fastokens" else load(name, *a, **k),
     )  # fmt: skip
-    monkeypatch.setattr(module, "_sample", lambda *_: ["fine"])
+    monkeypatch.setattr("data_prep.held_engine._sample", lambda *_: ["fine"])
     monkeypatch.setattr("data_prep.encode.CHECKED", 1.0)
     choose = engines.choose
     monkeypatch.setattr(engines, "choose", lambda *a, **k: _without_gigatoken(choose(*a, **k)))
