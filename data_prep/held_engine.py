@@ -18,6 +18,7 @@ from data_prep.progress import Progress
 from data_prep.readers import Reader, Reading
 
 SAMPLE_BYTES, SAMPLE_FILES = 2_000_000, 16  # of the input, for the choice of the engine
+LARGE = 1 << 30  # bytes of input from which it pays to load every engine and to measure which one is fastest
 ENGINE = "engine.json"
 
 
@@ -48,8 +49,9 @@ def choose_engine(
         return str(held["name"])
     refused = held.get("wrong", {})
     choice = engines.choose(
-        loaded, _sample(files, options.reading), folder, options.engine, refused, special=options.parse_special
-    )
+        loaded, _sample(files, options.reading), folder, options.engine, refused, options.parse_special,
+        compare=sum(file.size for file in files) >= LARGE,
+    )  # fmt: skip
     speeds = ", ".join(f"{name} {speed:.0f} MB/s" for name, speed in choice.speeds.items())
     progress.say(f"engine: {choice.name}, the same ids as the official tokenizer on a sample ({speeds} a core)")
     for name, why in choice.refused.items():

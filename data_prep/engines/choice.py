@@ -38,11 +38,13 @@ def choose(
     wanted: str = "auto",
     refused: Collection[str] = (),
     special: bool = False,
+    compare: bool = True,
 ) -> Choice:
     """The fastest engine whose ids are the official tokenizer's on the sample and on all probes.
 
     sample: texts of the corpus, tens of megabytes at most. folder: see `load_engine`. wanted: an engine's name, or
-    "auto". refused: engines that were found wrong before. Raises UserError when the one that is wanted cannot be had.
+    "auto". refused: engines that were found wrong before. compare: try them all; else the first that is right does, for
+    a corpus that is done sooner than others are loaded. Raises UserError when the one that is wanted cannot be had.
     """
     if wanted not in ("auto", *ENGINES):
         raise UserError(f"no engine {wanted!r}; there are auto, {', '.join(ENGINES)}", 2)
@@ -57,6 +59,8 @@ def choose(
         return choice
     right_hard = official.encode_flat(hard)
     for name in [engine.name for engine in FAST] if wanted == "auto" else [wanted]:
+        if len(choice.speeds) > 1 and not compare:
+            break
         try:
             if name in refused:
                 raise UserError(f"{name} was wrong before; use another engine")

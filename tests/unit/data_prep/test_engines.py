@@ -126,6 +126,8 @@ def test_a_fast_engine_is_chosen_and_certified(load: Callable[[str], Tokenizer],
     assert choice.name == "fastokens"  # a sample as small as this decides nothing about speed
     assert choice.sample_bytes == sum(len(text.encode()) for text in SENTENCES)
     assert set(choice.speeds) | set(choice.refused) == set(engines.ENGINES)
+    quick = engines.choose(tokenizer, SENTENCES, folder, compare=False)
+    assert quick.name == "fastokens" and set(quick.speeds) == {"official", "fastokens"} and not quick.refused
     assert engines.choose(tokenizer, SENTENCES, folder, "official").name == "official"
     refused = engines.choose(tokenizer, SENTENCES, folder, refused=["fastokens"])
     assert refused.name != "fastokens" and refused.refused["fastokens"]
