@@ -16,6 +16,10 @@ VERBS = {
         "launch.preview",
         "What the model will see of conversations: herd preview smollm2_chat data.train=chats.json",
     ),
+    "sweep": (
+        "launch.sweep",
+        "A run for each combination of values, compared: herd sweep smollm2_chat lora.rank=8,16 optimizer.lr=1e-5,1e-4",
+    ),
     "compile": ("launch.compile", "Compile a recipe's graphs ahead of its run: herd compile tiny_cpu --processes 4"),
     "prep": (
         "launch.prep",
