@@ -37,6 +37,10 @@ VERBS = {
         "Submit a run again, on other nodes if asked: herd resume runs/llama2_7b_gpu --nodes 8",
     ),
     "lab": ("launch.lab", "A real Slurm of virtual nodes on this machine, to try sbatch at home: herd lab up"),
+    "compare": (
+        "launch.compare",
+        "Whether runs are equal by their curves, and which faults that shows: herd compare runs/gpu runs/trn",
+    ),
     "plot": ("launch.plot", "Draw loss curves of runs: herd plot runs/a runs/b --to curves.png"),
 }
 

@@ -5,26 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import click
 
 from data_prep.errors import UserError
+from llama.compare.events import Curve, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-EVENTS = "events.out.tfevents.*"
 LOSS, VALIDATION, LR, NORM, TOKENS = "reduced_train_loss", "val_loss", "lr", "gradient_norm", "consumed_tokens"
 # Okabe and Ito's colours, which people who do not see red and green apart can tell from one another.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
-class Curve(NamedTuple):
-    """One scalar of a run."""
-
-    steps: list[int]
-    values: list[float]
 
 
 def read_scalars(run: Path) -> dict[str, Curve]:
@@ -32,25 +26,10 @@ def read_scalars(run: Path) -> dict[str, Curve]:
 
     Raises UserError when there is no event file, or none that holds a training loss.
     """
-    folder = next((f for f in (run / "tensorboard", run) if f.is_dir() and any(f.glob(EVENTS))), None)
-    if folder is None:
-        raise UserError(
-            f"{run}: has no TensorBoard events, neither there nor in tensorboard/; give a run folder such as "
-            "runs/tiny_cpu of a run with log.tensorboard=true",
-            2,
-        )
-    from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
-
-    events = EventAccumulator(str(folder), size_guidance={SCALARS: 0})  # 0: every point, no sample of them
-    events.Reload()
-    tags = events.Tags()["scalars"]
-    if LOSS not in tags:
-        found = ", ".join(tags) or "no scalar"
-        raise UserError(f"{folder}: holds no {LOSS} (found {found}); did the run reach its first log.interval?")
-    curves = {}
-    for tag in tags:
-        points = sorted({event.step: event.value for event in events.Scalars(tag)}.items())  # the last word on a step
-        curves[tag] = Curve([step for step, _ in points], [value for _, value in points])
+    curves = read_run(run)
+    if LOSS not in curves:
+        found = ", ".join(curves) or "no scalar"
+        raise UserError(f"{run}: holds no {LOSS} (found {found}); did the run reach its first log.interval?")
     return curves
 
 
@@ -77,16 +56,10 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 
 def draw(runs: Mapping[str, Mapping[str, Curve]], to: Path, over: str = "steps") -> None:
     """Write the picture of `runs` (name to scalars by tag) to `to`; its ending says the format. Raises UserError."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter
 
+    check_ending(to)
     figure = Figure(figsize=(11, 6), dpi=130, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    kind = to.suffix.removeprefix(".").lower()
-    known = canvas.get_supported_filetypes()
-    if kind not in known:
-        raise UserError(f"--to {to}: pictures end in .png, .svg or .pdf (known: {', '.join(sorted(known))})", 2)
     panels = figure.subplot_mosaic([["loss", "lr"], ["loss", "norm"]], width_ratios=[2, 1])
     for i, (name, curves) in enumerate(runs.items()):
         _draw_run(panels, name, curves, COLOURS[i % len(COLOURS)], over)
@@ -102,15 +75,41 @@ def draw(runs: Mapping[str, Mapping[str, Curve]], to: Path, over: str = "steps")
     panels["lr"].tick_params(labelbottom=False)
     for key in ("loss", "norm"):
         panels[key].set_xlabel(over)
-    low, high = panels["norm"].get_ylim()
-    digits = "125" if high > 10 * low else "123456789"
-    for pick in (panels["norm"].yaxis.set_major_formatter, panels["norm"].yaxis.set_minor_formatter):
-        pick(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in digits else ""))
+    readable_norm(panels["norm"])
     panels["loss"].legend(frameon=False, loc="upper right")
+    save(figure, to)
+
+
+def readable_norm(axes: Axes) -> None:
+    """A logarithmic axis, as norms fall by tens and spike by hundreds, with plain numbers beside it."""
+    from matplotlib.ticker import FuncFormatter
+
+    axes.set_yscale("log", nonpositive="mask")
+    low, high = axes.get_ylim()
+    digits = "125" if high > 10 * low else "123456789"
+    for pick in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        pick(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in digits else ""))
+
+
+def check_ending(to: Path) -> None:
+    """UserError unless a picture can be written in the format that the file's ending names."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if to.suffix.removeprefix(".").lower() not in known:
+        raise UserError(f"--to {to}: pictures end in .png, .svg or .pdf (known: {', '.join(sorted(known))})", 2)
+
+
+def save(figure: Figure, to: Path) -> None:
+    """Write a picture whole or not at all; its ending says the format. Raises UserError."""
+    check_ending(to)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
     aside = to.with_name(to.name + ".tmp")
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(aside, format=kind)
+        figure.savefig(aside, format=to.suffix.removeprefix(".").lower())
         aside.replace(to)
     except OSError as error:
         raise UserError(f"{to}: cannot be written: {error.strerror or error}; choose another --to") from error
@@ -142,7 +141,6 @@ def _draw_run(panels: Mapping[str, Axes], name: str, curves: Mapping[str, Curve]
         norm = curves[NORM]
         panels["norm"].plot(where(norm), norm.values, color=colour, alpha=0.25, linewidth=1)
         panels["norm"].plot(where(norm), smooth(norm.values), color=colour, linewidth=1.5)
-        panels["norm"].set_yscale("log", nonpositive="mask")  # it falls by tens and spikes by hundreds
 
 
 @click.command(short_help="Draw loss curves of runs.")
