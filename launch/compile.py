@@ -58,12 +58,13 @@ def command(recipe: str, overrides: tuple[str, ...], processes: int | None) -> N
 def ahead(recipe: Recipe) -> Recipe:
     """The recipe with what no graph depends on reduced to what compiling takes."""
     from llama.compile_manifest import cache_folder
+    from llama.config import Validation
 
     validates = recipe.validation.interval > 0
     changes = {
         "train": {"steps": STEPS, "init_from": None},
-        "validation": {"interval": STEPS if validates else 0, "batches": 1},
-        "checkpoint": {"interval": 0, "at_end": False},
+        "validation": Validation(interval=STEPS if validates else 0, batches=1).model_dump(),
+        "checkpoint": {"interval": 0, "at_end": False, "keep_best": False},
         "log": {"interval": 1, "tensorboard": False},
         "data": {"order_samples": None},
     }

@@ -14,13 +14,39 @@ if TYPE_CHECKING:
     from llama.config import Recipe
 
 
+BEST = -1
+"""The step of the best validation, whichever it is."""
+
+
+class Step(click.ParamType):
+    """A step's number, or best."""
+
+    name = "N|best"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "best":
+            return BEST
+        return int(click.IntRange(min=0).convert(value, param, ctx))  # type: ignore[arg-type]
+
+
 def _checkpoint(run: Path, step: int | None) -> Path:
     """The checkpoint of `step`, or the newest; UserError when it is not there."""
-    from llama.run_folder import complete, step_of
+    from llama.run_folder import RunFolder, complete, step_of
 
     found = {step_of(checkpoint): checkpoint for checkpoint in complete(run)}
     if not found:
         raise UserError(f"{run}: has no complete checkpoint in checkpoints/; let the run reach checkpoint.interval", 2)
+    if step == BEST:
+        best = RunFolder(run).best()
+        if best is None:
+            raise UserError(f"{run}: has not validated yet, so no checkpoint is the best; set validation.interval", 2)
+        step = best[0]
+        if step not in found:
+            raise UserError(
+                f"{run}: validated best at step {step} (loss {best[1]:.4f}), of which no checkpoint was kept; set "
+                "checkpoint.keep_best=true for the next run, or give another --step",
+                2,
+            )
     if step is not None and step not in found:
         known = ", ".join(str(number) for number in sorted(found))
         raise UserError(f"{run}: has no complete checkpoint of step {step}; there are {known}", 2)
@@ -57,7 +83,10 @@ def _tokenizer(recipe: Recipe, given: str | None) -> tuple[Path | None, bool]:
 @click.command(short_help="Checkpoint to a Hugging Face directory.")
 @click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--to", required=True, type=click.Path(path_type=Path), help="Directory to write.")
-@click.option("--step", type=click.IntRange(min=0), help="Which checkpoint; the newest complete one when not given.")
+@click.option(
+    "--step", type=Step(),
+    help="Which checkpoint: a step, or best, of the lowest validation loss; the newest complete one when not given.",
+)  # fmt: skip
 @click.option(
     "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
     help="Type of the written weights. [default: bfloat16, of an adapter float32]",
@@ -83,6 +112,7 @@ def command(
     \b
     herd export runs/tiny_cpu --to exported
     herd export runs/tiny_cpu --to exported-100 --step 100 --dtype float32
+    herd export runs/tuned --to exported-best --step best
     """
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: has no recipe.yaml; give a run folder, such as runs/tiny_cpu", 2)

@@ -36,6 +36,7 @@ class Row:
         if left is not None and self.state.word == "training":
             left = max(0.0, left - (now - float(status.get("epoch") or now)))
         nodes = self.facts.last("start").get("nodes") or job.get("nodes") or []
+        best = self.run.best() if self.run else None
         return {
             "run": self.name,
             "folder": str(self.run.path.absolute()) if self.run else None,
@@ -46,6 +47,8 @@ class Row:
             "step": self.facts.last("end").get("step") or status.get("step"),  # not every step is written down
             "steps": status.get("steps"),
             "checkpoint": self.run.newest_step() if self.run else None,
+            "best_step": best[0] if best else None,
+            "best_validation_loss": best[1] if best else None,
             "loss": status.get("loss"),
             "validation_loss": status.get("validation_loss"),
             "tokens_per_second": status.get("tokens_per_second"),
@@ -199,6 +202,9 @@ def _show_run(row: Row, now: float, events: int) -> None:
     lines += [(name, cells[name]) for name in ("attempt", "step", "loss", "tokens/s", "mfu", "left", "bad nodes")]
     validation = figures["validation_loss"]
     lines.append(("validation", "" if validation is None else f"{validation:.4f}"))
+    if figures["best_step"]:
+        kept = "" if run.checkpoint(figures["best_step"]).is_dir() else ", not kept"
+        lines.append(("best", f"{figures['best_validation_loss']:.4f} at step {figures['best_step']}{kept}"))
     lines.append(("skipped", f"{figures['skipped_steps']} steps" if figures["skipped_steps"] else ""))
     lines.append(("checkpoint", f"step {figures['checkpoint']}" if figures["checkpoint"] else "none yet"))
     lines.append(("logs", str(run.attempt(facts.attempt)) if run.attempt(facts.attempt).is_dir() else ""))

@@ -45,6 +45,14 @@ class TrainState:
     recent_losses: list[float] = field(default_factory=list)
     """What the guard compares the next loss with."""
     recent_norms: list[float] = field(default_factory=list)
+    best_loss: float | None = None
+    """Lowest validation loss so far."""
+    best_step: int = 0
+    """Step of that validation; 0: none yet."""
+    awaited_loss: float | None = None
+    """Validation loss that the next ones must improve on."""
+    validations_waited: int = 0
+    """Validations since then."""
 
 
 # The names in torch's checkpoint index. Names, not modules: torch's own modules import others, and "os.system" could be

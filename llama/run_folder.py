@@ -6,6 +6,7 @@ code.json, code.diff   version of this code, and what was changed in it without 
 environment.json       versions and variables that decide how it runs
 events.jsonl           start, resume, save, skip, end, verdict: one JSON object a line, in order
 status.json            newest step, loss, speed
+samples.jsonl          what the model wrote at validations: one JSON object a prompt
 lock.json              the process that trains here now
 logs/attempt-0003/     nodeN.log, last words of ranks that failed, stacks of ranks that hung
 tensorboard/  checkpoints/
@@ -123,6 +124,10 @@ class RunFolder:
         return self.path / "status.json"
 
     @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
     def lock(self) -> Path:
         return self.path / "lock.json"
 
@@ -134,6 +139,10 @@ class RunFolder:
     @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    def checkpoint(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return self.path / "checkpoints" / f"{PREFIX}{step:08d}"
 
     def attempt(self, number: int) -> Path:
         """Folder of one attempt's logs."""
@@ -148,6 +157,14 @@ class RunFolder:
         """The step of the newest finished checkpoint; 0 when there is none."""
         found = complete(self.path)
         return step_of(found[-1]) if found else 0
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and loss of the validation with the lowest loss, as the newest checkpoint knows it; None before any."""
+        found = complete(self.path)
+        state = read_json(found[-1] / MANIFEST).get("state") if found else None
+        if not isinstance(state, dict) or not state.get("best_step") or state.get("best_loss") is None:
+            return None
+        return int(state["best_step"]), float(state["best_loss"])
 
     def record(self, event: str, attempt: int, **facts: Any) -> None:
         """Add a line to events.jsonl. One process at a time does so: the first rank, or what starts and ends it."""

@@ -86,6 +86,14 @@ class PackedSamples:
         documents[at:] = number
         return tokens, labels, positions, documents
 
+    def spread(self, i: int, values: NDArray[np.int64]) -> NDArray[np.int64]:
+        """For each position of sample i the entry of `values` (one an example of the set) that its example has; 0 in
+        room left over. (seq_length,)"""
+        members, row = self.members(i), np.zeros(self.seq_length, np.int64)
+        whole = np.repeat(values[members], self.encoded.lengths[members] - 1)
+        row[: len(whole)] = whole
+        return row
+
     def __getitem__(self, i: int) -> NDArray[np.int64]:
         """Token ids of sample i."""
         return self.row(i)[0]

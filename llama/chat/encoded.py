@@ -14,8 +14,8 @@ import os
 import shutil
 import socket
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from data_prep.conversations import Tally, read_conversations
+from data_prep.conversations import Conversation, Tally, read_conversations
 from data_prep.conversations.files import SUFFIXES
 from data_prep.errors import UserError
 from data_prep.indexed import IndexedDataset, IndexedWriter, token_dtype
@@ -35,13 +35,13 @@ from llama.chat.encode import TOO_LONG, Encoder
 from llama.chat.template import ChatTemplate
 from llama.config import Recipe, Source
 
-VERSION = 1  # of what the same input is encoded to
+VERSION = 2  # of what the same input is encoded to, facts included
 DAY = 86400.0
 
 
 @dataclass(frozen=True)
 class EncodedSet:
-    """An encoded set, opened. facts: what was read, left out and why."""
+    """An encoded set, opened. facts: what was read, left out and why; `conversations_of`: how many each file gave."""
 
     tokens: IndexedDataset
     trained: IndexedDataset
@@ -191,12 +191,21 @@ def _write(folder: Path, encoder: Encoder, files: Sequence[Path], form: str, max
     tally, seen = Tally(), Counter[int]()
     examples = trained = 0
     largest = -1
+    read_from: deque[str] = deque()  # the file of each conversation that is on its way through the encoder
+    kept = {str(file): 0 for file in files}
+
+    def read() -> Iterator[Conversation]:
+        for conversation in read_conversations(files, form, 1.0, tally):
+            read_from.append(next(reversed(tally.formats)))  # the file that was begun last
+            yield conversation
+
     dtype = token_dtype(encoder.tokenizer.vocab_size)
     with IndexedWriter(folder / "tokens", dtype) as ids, IndexedWriter(folder / "trained", np.uint8) as flags:
-        for _, parts in encoder.examples(read_conversations(files, form, 1.0, tally)):
-            lengths = [len(part) for part in parts]
+        for _, parts in encoder.examples(read()):
+            lengths, file = [len(part) for part in parts], read_from.popleft()
             if not parts:
                 continue
+            kept[file] += 1
             whole = np.concatenate([part.ids for part in parts])
             marks = np.concatenate([part.trained for part in parts])
             ids.add_document(whole, lengths)
@@ -210,6 +219,7 @@ def _write(folder: Path, encoder: Encoder, files: Sequence[Path], form: str, max
         "formats": tally.formats,
         "records": tally.records,
         "conversations": len(seen) and seen.total(),
+        "conversations_of": list(kept.values()),
         "unreadable": dict(tally.bad),
         "unreadable_first": tally.examples,
         "odd": dict(tally.notes),

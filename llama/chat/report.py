@@ -86,11 +86,11 @@ def report(
         "largest_id": facts["largest_id"],
         "vocab_size": recipe.model.vocab_size,
     }
-    out["warnings"] = warnings(recipe, out, validation)
+    out["warnings"] = warnings(recipe, out)
     return out
 
 
-def warnings(recipe: Recipe, numbers: dict[str, Any], validation: PackedSamples | None) -> list[str]:
+def warnings(recipe: Recipe, numbers: dict[str, Any]) -> list[str]:
     """What of these numbers would spoil a run, or probably is not meant."""
     found = []
     if numbers["largest_id"] >= numbers["vocab_size"]:
@@ -108,12 +108,6 @@ def warnings(recipe: Recipe, numbers: dict[str, Any], validation: PackedSamples 
         found.append(f"{numbers['duplicates']:,} conversations are there twice; herd prep dedup leaves one of each")
     if numbers["run"]["epochs"] > 10:
         found.append(f"train.steps={recipe.train.steps} reads everything {numbers['run']['epochs']} times")
-    wanted = recipe.validation.batches * recipe.train.global_batch_size
-    if validation is not None and len(validation) < wanted:
-        found.append(
-            f"a validation reads {wanted} sequences and only {len(validation)} are held out, so some count twice; lower "
-            f"validation.batches, or raise the second share of data.split"
-        )
     return found
 
 

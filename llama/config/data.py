@@ -41,6 +41,8 @@ class Source(Section):
     """Times that its training part is read in the whole."""
     tokens: Tokens | None = None
     """Tokens drawn from it in the whole."""
+    name: Annotated[str, Field(min_length=1)] | None = None
+    """What its figures go by in a validation; the end of its path when not given."""
 
     @model_validator(mode="before")
     @classmethod

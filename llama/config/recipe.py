@@ -114,6 +114,14 @@ class Recipe(Section):
                 raise ValueError("data.mask_eod_loss is for token files; conversations train the end of each answer")
             if any(source.weight != 1 for source in (*self.data.train, *self.data.validation)):
                 raise ValueError("data.train: conversations take no weight, epochs or tokens; name the files alone")
+        elif self.validation.accuracy or self.validation.samples:
+            key = "accuracy=true" if self.validation.accuracy else f"samples={self.validation.samples}"
+            raise ValueError(
+                f"validation.{key} is about answers in conversations, and this recipe has no chat:; leave it out"
+                + ("" if self.validation.accuracy else ", or give texts to continue as validation.prompts")
+            )
+        if self.checkpoint.keep_best and not self.validation.interval:
+            raise ValueError("checkpoint.keep_best=true needs validations; set validation.interval")
         if self.data.mask_eod_loss and self.data.eod is None and not self.data.train:
             raise ValueError("data.mask_eod_loss needs data.eod, the id of the end-of-document token")
         return self

@@ -18,6 +18,8 @@ class Checkpoint(Section):
     """Newest checkpoints that are kept."""
     keep_every: NonNegative = 0
     """Also keep each checkpoint whose step is a multiple of this; 0: none."""
+    keep_best: bool = False
+    """Save at each validation with the lowest loss so far, and keep that checkpoint: herd export RUN --step best."""
     save_async: bool = True
     """Write in the background while training goes on."""
     at_end: bool = True

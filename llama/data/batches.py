@@ -40,7 +40,7 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one data rank, on the CPU; every tensor is (B, S).
+    """One micro-batch of one data rank, made on the CPU; every tensor is (B, S).
 
     tokens (int64): inputs. labels (int64): the token that follows each, IGNORED where it is not trained.
     positions (int32): from 0, and from 0 again in each document when documents are kept apart.
@@ -53,6 +53,13 @@ class Batch:
     positions: torch.Tensor
     documents: torch.Tensor
     cursor: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        tokens, labels, positions, documents = (
+            part.to(device, non_blocking=True) for part in (self.tokens, self.labels, self.positions, self.documents)
+        )
+        return Batch(tokens, labels, positions, documents, self.cursor)
 
 
 class Batches:

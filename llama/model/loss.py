@@ -15,12 +15,16 @@ from torch.autograd.function import once_differentiable
 
 IGNORED = -100
 """Label of a token that is not trained."""
+Note = tuple[torch.Tensor, torch.Tensor]
+"""Of a chunk of tokens: loss in nats, 0 where not trained, and the id that is likeliest, the first of equals; (N,)."""
 
 
 class Vocabulary:
     """How embedding and output rows are held: all of them here. llama/parallel/tensor.py shares them over ranks."""
 
     first_row = 0
+    notes: list[Note] | None = None
+    """Where a loss that is computed without gradients notes each chunk of tokens, when it is to."""
 
     def embed(self, tokens: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """(B, S) ids to (B, S, D)."""
@@ -67,6 +71,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if padding:
                 logits[:, rows - min(padding, rows) :] = -torch.inf
             peak = vocabulary.maximum(logits.amax(dim=-1, keepdim=True))
+            if vocabulary.notes is not None:
+                likeliest = _likeliest(logits, peak, vocabulary)
             local = label - vocabulary.first_row
             mine = (local >= 0) & (local < rows)
             column = local.clamp(0, rows - 1)[:, None]
@@ -75,7 +81,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             scale = torch.stack((exponentials.sum(dim=-1), target))
             partition, target = vocabulary.total(scale).unbind()
             trained = label != IGNORED
-            total += torch.where(trained, partition.log() - target, 0.0).sum()
+            losses = torch.where(trained, partition.log() - target, 0.0)
+            total += losses.sum()
+            if vocabulary.notes is not None:
+                vocabulary.notes.append((losses, likeliest))
             if not (wants_hidden or wants_weight):
                 continue
             grad = exponentials.div_(partition[:, None])
@@ -99,6 +108,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
         )
         return grad_hidden, grad_weight, None, None, None, None
+
+
+def _likeliest(logits: torch.Tensor, peak: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
+    """The first id over all ranks whose logit is the greatest, (N,), as argmax of the joined logits (N, V) would be.
+
+    `peak` (N, 1): the greatest of all ranks. A rank names its first id that reaches it: where the vocabulary is shared
+    one number a token is exchanged, not the logits.
+    """
+    first = logits.argmax(dim=-1)
+    reaches = logits.gather(1, first[:, None])[:, 0] == peak[:, 0]
+    ids = (first + vocabulary.first_row).masked_fill(~reaches, torch.iinfo(torch.int64).max)
+    return -vocabulary.maximum(-ids)
 
 
 def linear_cross_entropy(

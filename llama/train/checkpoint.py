@@ -214,12 +214,13 @@ class Checkpoints:
             shutil.rmtree(final)
         aside.rename(final)
         _sync(final.parent)
-        self._prune()
+        self._prune(state)
 
-    def _prune(self) -> None:
-        keep_every = self.recipe.checkpoint.keep_every
-        for old in complete(self.folder)[: -self.recipe.checkpoint.keep_last]:
-            if not (keep_every and step_of(old) % keep_every == 0):
+    def _prune(self, state: TrainState) -> None:
+        keys, found = self.recipe.checkpoint, complete(self.folder)
+        for old in found[: -keys.keep_last]:
+            best = keys.keep_best and step_of(old) == state.best_step
+            if not best and not (keys.keep_every and step_of(old) % keys.keep_every == 0):
                 (old / MANIFEST).unlink()  # first of all: a folder half removed is then no checkpoint
                 shutil.rmtree(old, ignore_errors=True)
         kept = step_of(complete(self.folder)[0])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from llama.run_folder import RunFolder, now, write_json
@@ -25,6 +27,15 @@ class Journal:
         if self.writes:
             with contextlib.suppress(OSError):
                 self.run.record(event, self.attempt, **facts)
+
+    def samples(self, step: int, samples: Sequence[dict[str, Any]]) -> None:
+        """Add what the model wrote to samples.jsonl."""
+        if self.writes:
+            lines = (
+                json.dumps({"step": step, "attempt": self.attempt, **s}, ensure_ascii=False) + "\n" for s in samples
+            )
+            with contextlib.suppress(OSError), self.run.samples.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
 
     def status(self, last: bool = False, **figures: Any) -> None:
         """Replace the newest figures; not more often than every PAUSE seconds but for the last."""

@@ -5,16 +5,14 @@ from __future__ import annotations
 import gc
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from data_prep.errors import UserError
-from llama import hf
 from llama import recipe as recipes
 from llama.chat.together import encode_together
 from llama.checkpoint_format import TrainState
@@ -22,15 +20,16 @@ from llama.config import Recipe
 from llama.data.batches import IGNORED, Batch, Batches
 from llama.data.build import build_data
 from llama.device import Device, find_device
-from llama.model.llama import count_parameters
 from llama.parallel.adapters import adapters_in_words
 from llama.parallel.apply import ParallelLlama, parallelize
 from llama.parallel.mesh import build_mesh
-from llama.parallel.shards import Box
+from llama.train.beginning import adapter_reader, check_same_data, describe, settle_order, weights_reader
 from llama.train.checkpoint import Checkpoints
+from llama.train.evaluate import Evaluator
+from llama.train.evaluate_samples import Sampler
 from llama.train.graphs import Graphs
 from llama.train.guard import StepGuard
-from llama.train.metrics import Metrics, StepReport, si
+from llama.train.metrics import Metrics, StepReport
 from llama.train.opening import open_run
 from llama.train.optim import (
     build_optimizer,
@@ -40,6 +39,7 @@ from llama.train.optim import (
     squared_norm,
     total_over_ranks,
 )
+from llama.train.patience import given_up, judge
 from llama.train.preflight import preflight
 from llama.train.schedule import learning_rate
 from llama.train.signals import StopRequest
@@ -55,6 +55,8 @@ class Outcome:
     validation_loss: float | None
     stopped_by: str | None
     """Name of the signal that ended it early."""
+    given_up: str | None = None
+    """Why it ended before its last step though nobody asked it to: validations that no longer improve."""
 
 
 def train(recipe: Recipe, stop: StopRequest | None = None, graphs: Graphs | None = None) -> Outcome:
@@ -106,8 +108,8 @@ def train(recipe: Recipe, stop: StopRequest | None = None, graphs: Graphs | None
         stack.callback(metrics.close)
         trainer = Trainer(recipe, device, model, optimizer, checkpoints, metrics, state, stop, place.watchdog, keeps)
         outcome = trainer.run(data, validation)
-        ended = "stopped" if outcome.stopped_by else "finished"
-        journal.event("end", step=outcome.step, outcome=ended, reason=outcome.stopped_by)
+        ended, reason = "stopped" if outcome.stopped_by else "finished", outcome.stopped_by or outcome.given_up
+        journal.event("end", step=outcome.step, outcome=ended, reason=reason)
         return outcome
 
 
@@ -134,11 +136,20 @@ class Trainer:
         self.stopping = False
         self.step_seconds: deque[float] = deque(maxlen=20)
         self.validation_seconds = 0.0
+        self.evaluator: Evaluator | None = None
+        self.sampler: Sampler | None = None
 
     def run(self, data: Batches, validation: Batches | None) -> Outcome:
-        """Steps until train.steps, or until all ranks agree to stop; checkpoints and validations on the way."""
+        """Steps until train.steps, until all ranks agree to stop or validations no longer improve; checkpoints and
+        validations on the way."""
         recipe, state = self.recipe, self.state
         loss, validated, saved = float("nan"), None, state.step
+        if validation is not None:
+            self.evaluator = Evaluator(
+                recipe, self.device, self.model, validation, self.watchdog.beat, self.stop_wanted
+            )
+            if recipe.validation.samples or recipe.validation.prompts:
+                self.sampler = Sampler(recipe, self.device, self.model, validation, self.watchdog.beat)
         data.check_vocabulary(recipe.model.vocab_size)
         batches = data.prefetch(state.consumed_samples, recipe.data.prefetch)
         self.stop.working = True
@@ -147,7 +158,9 @@ class Trainer:
         gc.collect()
         gc.disable()  # collected on all ranks at the same step instead, so that no rank makes the others wait
         try:
-            while state.step < recipe.train.steps and not self.stopping:
+            if recipe.validation.at_start and state.step == 0 and not self.stopping:
+                validated = self.validate()
+            while state.step < recipe.train.steps and not self.stopping and not given_up(state, recipe.validation):
                 before = validated
                 started = time.monotonic()
                 report = self.step(batches)
@@ -158,16 +171,19 @@ class Trainer:
                 self.metrics.step(report, self.parameter_norm() if due else None)
                 if report.skipped:
                     self.guard.check(state.step, report.skipped)
-                if validation is not None and self.every(recipe.validation.interval) and not self.stopping:
-                    validated = self.validate(validation)
+                if self.every(recipe.validation.interval) and not self.stopping:
+                    validated = self.validate()
                 if self.graphs is not None and (trouble := self.graphs.after_step(validated is not before)):
                     self.metrics.say(f"warning: {trouble}")
-                if self.every(recipe.checkpoint.interval):
+                best = recipe.checkpoint.keep_best and state.best_step == state.step
+                if self.every(recipe.checkpoint.interval) or best:
                     self.save()
                     saved = state.step
                 if state.step % recipe.train.garbage_collection_steps == 0:
                     gc.collect()
-            if state.step != saved and (recipe.checkpoint.at_end or self.stopping):
+            # What validations have said is in the checkpoint: a run that gave up must not go on when it is started again.
+            reason = None if self.stopping or state.step == recipe.train.steps else given_up(state, recipe.validation)
+            if state.step != saved and (recipe.checkpoint.at_end or self.stopping or reason):
                 self.save()
             self.watchdog.beat("the last checkpoint")
             self.checkpoints.wait()
@@ -182,7 +198,9 @@ class Trainer:
         stopped_by = (self.stop.name or "another rank's signal") if self.stopping else None
         if stopped_by:
             self.metrics.say(f"stopped by {stopped_by} after step {state.step}; the same command goes on from here")
-        return Outcome(state.step, loss, validated, stopped_by)
+        if reason:
+            self.metrics.give_up(state.step, reason)
+        return Outcome(state.step, loss, validated, stopped_by, reason)
 
     def every(self, interval: int) -> bool:
         """Whether the step just done is a multiple of `interval`; 0 is never."""
@@ -196,7 +214,7 @@ class Trainer:
         data_time = time.perf_counter() - started
 
         named = self.model.optimized_parameters()
-        own_loss = self.model.forward_backward(to_device(micro_batches, self.device))
+        own_loss = self.model.forward_backward([batch.to(self.device.torch()) for batch in micro_batches])
         settle_gradients(named)
         loss_sum, tokens, squared, stops = self.total(own_loss, micro_batches, self.gradient_square())
         loss, norm = loss_sum / max(tokens, 1), squared**0.5 / max(tokens, 1)
@@ -237,13 +255,17 @@ class Trainer:
         mine[0] = loss_sum * share
         mine[1] = tokens * share
         mine[2] = squared
-        mine[3] = float(self.stop.wanted(self.needed()))
+        mine[3] = float(self.stop_wanted())
         return total_over_ranks(mine)
 
     def agree_to_stop(self) -> bool:
         """Whether any rank is asked to stop; told to all."""
-        mine = torch.tensor([float(self.stop.wanted(self.needed()))], dtype=torch.float64, device=self.device.torch())
+        mine = torch.tensor([float(self.stop_wanted())], dtype=torch.float64, device=self.device.torch())
         return total_over_ranks(mine)[0] > 0
+
+    def stop_wanted(self) -> bool:
+        """Whether this rank is asked to stop."""
+        return self.stop.wanted(self.needed())
 
     def needed(self) -> float:
         """Seconds that another step, what is due after it and a save would take at worst, with the recipe's margin."""
@@ -269,23 +291,27 @@ class Trainer:
         layout = self.model.mesh.layout
         return layout.world // layout.pipeline
 
-    def validate(self, data: Batches) -> float:
-        """Mean loss over the same held-out samples each time."""
-        started, losses, counted = time.perf_counter(), 0.0, 0.0
-        for i in range(self.recipe.validation.batches):
-            self.watchdog.beat(f"validation after step {self.state.step}")
-            batches = data.step(i * self.recipe.train.global_batch_size)
-            own_loss = self.model.evaluate(to_device(batches, self.device))
-            loss_sum, tokens, _, stops = self.total(own_loss, batches, torch.zeros(()))
-            losses, counted = losses + loss_sum, counted + tokens
-            if stops:  # asked to stop: half a validation is none
-                self.stopping = True
-                return float("nan")
-        loss = losses / max(counted, 1)
+    def validate(self) -> float | None:
+        """Mean loss over the same held-out samples each time, with all that the recipe wants measured beside it.
+
+        None when a rank was asked to stop meanwhile.
+        """
+        assert self.evaluator is not None
+        started, step, what = time.perf_counter(), self.state.step, f"validation after step {self.state.step}"
+        found = self.evaluator.run(what)
+        if found is None:
+            self.stopping = True
+            return None
+        self.metrics.validation(step, found)
+        if step and judge(
+            self.state, found.whole.loss, self.recipe.validation
+        ):  # before any step there is nothing to keep
+            self.metrics.best(step, found.whole.loss)
+        if self.sampler is not None:
+            self.metrics.samples(step, self.sampler.run(what))
         self.validation_seconds = time.perf_counter() - started
-        self.metrics.validation(self.state.step, loss, self.validation_seconds)
         self.metrics.restart_clock()
-        return loss
+        return found.whole.loss
 
     def save(self) -> None:
         """Write a checkpoint, in the background where the recipe says so."""
@@ -295,69 +321,3 @@ class Trainer:
         self.watchdog.beat(f"step {self.state.step + 1}")
         self.metrics.say(f"step {self.state.step}: checkpoint")
         self.metrics.restart_clock()
-
-
-def to_device(batches: Sequence[Batch], device: Device) -> list[Batch]:
-    """The batches on this rank's device."""
-    if device.type == "cpu":
-        return list(batches)
-    target = device.torch()
-    return [
-        replace(
-            batch,
-            tokens=batch.tokens.to(target, non_blocking=True),
-            labels=batch.labels.to(target, non_blocking=True),
-            positions=batch.positions.to(target, non_blocking=True),
-            documents=batch.documents.to(target, non_blocking=True),
-        )
-        for batch in batches
-    ]
-
-
-def weights_reader(recipe: Recipe) -> Callable[[str, Box], torch.Tensor] | None:
-    """Reads train.init_from's weights; None where the run starts from random ones."""
-    directory = recipe.train.init_from
-    if directory is None:
-        return None
-    return hf.checkpoint_reader(Path(directory), recipe.model)
-
-
-def adapter_reader(recipe: Recipe) -> Callable[[str, Box], torch.Tensor] | None:
-    """Reads lora.init_from's adapter; None where adapters start from random values or there are none."""
-    return None if recipe.lora.init_from is None else hf.adapter_reader(recipe.lora.init_from, recipe)
-
-
-def settle_order(recipe: Recipe, state: TrainState) -> Recipe:
-    """Fix for how many samples the order is laid out: what the first start chose, so that a longer run goes on in it."""
-    default = recipe.train.steps * recipe.train.global_batch_size
-    state.order_samples = state.order_samples or recipe.data.order_samples or default
-    if recipe.data.order_samples not in (None, state.order_samples):
-        raise UserError(
-            f"data.order_samples={recipe.data.order_samples}, but this run began with {state.order_samples}; leave it out, "
-            "or start in another run_dir",
-            2,
-        )
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"order_samples": state.order_samples})})
-
-
-def check_same_data(recipe: Recipe, state: TrainState, data: Batches) -> None:
-    """Refuse to go on with other token files than the run began with."""
-    if state.data_fingerprint and state.data_fingerprint != data.fingerprint and not recipe.data.allow_change:
-        raise UserError(
-            f"the token files, their weights or data.seq_length are not those that {recipe.folder} was trained on so far; "
-            "restore them, start in another run_dir, or set data.allow_change=true to go on with the new ones",
-            2,
-        )
-    state.data_fingerprint = data.fingerprint
-
-
-def describe(recipe: Recipe, device: Device, model: ParallelLlama, resumed: TrainState | None) -> str:
-    """What is about to run, for the first line of the log."""
-    layout = model.mesh.layout
-    total, _ = count_parameters(recipe.model)
-    start = f"resuming after step {resumed.step}" if resumed else (recipe.train.init_from or "random weights")
-    return (
-        f"{recipe.name}: {si(total)} parameters, {layout.world} x {device.name} as {layout.name}, "
-        f"{recipe.train.precision}, {recipe.train.global_batch_size} x {recipe.data.seq_length} tokens a step "
-        f"in {layout.accumulation} micro-batches, {recipe.train.steps} steps; {start}; in {recipe.folder}"
-    )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,6 +13,8 @@ import torch.distributed as dist
 from llama.config import Recipe
 from llama.device import Device, measure_flops
 from llama.model.llama import flops_per_token
+from llama.train.evaluate import Evaluation
+from llama.train.evaluate_samples import Sample
 from llama.train.journal import Journal
 from llama.train.optim import total_over_ranks
 from llama.train.screen import Screen
@@ -48,6 +49,12 @@ def si(value: float) -> str:
             return f"{value:.3g}{unit}"
         value /= 1000
     return f"{value:.3g}P"
+
+
+def _short(text: str, most: int = 120) -> str:
+    """The end of a text on one line."""
+    line = text.replace("\n", "⏎")
+    return line if len(line) <= most else f"…{line[1 - most :]}"
 
 
 def clock(seconds: float) -> str:
@@ -158,13 +165,38 @@ class Metrics:
         """Whether this step is shown and recorded."""
         return step % self.recipe.log.interval == 0 or step == self.recipe.train.steps
 
-    def validation(self, step: int, loss: float, seconds: float) -> None:
-        """Record the loss on held-out samples."""
-        perplexity = math.exp(min(loss, 700))
-        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}, {seconds:.1f} s")
-        self.scalars(step, {"val_loss": loss, "val_perplexity": perplexity})
-        self.journal.validation_loss = loss
-        self.journal.event("validation", step=step, loss=loss)
+    def validation(self, step: int, found: Evaluation) -> None:
+        """Record what held-out samples say: of all, then of each source."""
+        best = found.baseline
+        beside = f" (always the same answer: {best.accuracy:.1%})" if best is not None else ""
+        self.say(f"step {step}: validation {found.whole.in_words()}{beside}, {found.seconds:.1f} s")
+        for name, figures in found.sources.items():
+            self.say(f"step {step}: validation on {name}: {figures.in_words()}")
+        points = found.whole.points() | {"baseline": best.accuracy if best is not None else None}
+        sources = {name: figures.points() for name, figures in found.sources.items()}
+        named = {f"val_{key}": value for key, value in points.items()}
+        named |= {f"val_{key}/{name}": value for name, of in sources.items() for key, value in of.items()}
+        self.scalars(step, {name: value for name, value in named.items() if value is not None})
+        self.journal.validation_loss = found.whole.loss
+        answers = round(found.whole.answers) or None
+        self.journal.event("validation", step=step, **points, answers=answers, sources=sources or None)
+
+    def best(self, step: int, loss: float) -> None:
+        """Record that this validation is the best so far."""
+        self.journal.event("best", step=step, loss=loss)
+
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Record what the model wrote: whole in TensorBoard and samples.jsonl, a few words in the log."""
+        for number, sample in enumerate(samples, 1):
+            wanted = "" if sample.wanted is None else f"  wanted: {_short(sample.wanted)}"
+            self.say(f"step {step}: sample {number}: {_short(sample.prompt)} → {_short(sample.answer)}{wanted}")
+            self.text(step, f"samples/{number}", sample.markdown())
+        self.journal.samples(step, [asdict(sample) for sample in samples])
+
+    def give_up(self, step: int, reason: str) -> None:
+        """The run is done before its last step."""
+        self.last_step = self.recipe.train.steps
+        self.say(f"ended after step {step}: {reason}")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Points of a step, by name, for TensorBoard and MLflow."""

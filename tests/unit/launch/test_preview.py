@@ -54,7 +54,7 @@ def test_the_report_has_every_number_a_script_wants(folder: Path, tmp_path: Path
     assert told["epoch"]["steps"] == round(told["packing"]["sequences"] / 8, 2)
     assert told["special_tokens"].keys() == {"<|im_start|>", "<|im_end|>"}
     assert told["formats"] == {str(folder / "talks.jsonl"): "messages"}
-    assert any("validation reads 64 sequences" in warning for warning in told["warnings"])
+    assert any("conversations are there twice" in warning for warning in told["warnings"])
     assert [part["text"] for part in told["shown"][0]][:2] == ["<|im_start|>", told["shown"][0][1]["text"]]
     assert (tmp_path / "l.png").read_bytes().startswith(b"\x89PNG")
 

@@ -15,6 +15,7 @@ from llama.config import Recipe
 from llama.device import find_device, measure_flops
 from llama.model.llama import flops_per_token
 from llama.run_folder import RunFolder
+from llama.train.evaluate import Evaluation, Figures
 from llama.train.journal import Journal
 from llama.train.metrics import Metrics, StepReport, clock, si
 from tests.dist.layouts import recipe
@@ -50,7 +51,7 @@ def test_every_promised_tag_is_recorded_at_its_step(tmp_path: Path) -> None:
     metrics = _metrics(recipe(), tmp_path)
     for step in (1, 2, 3):
         metrics.step(_report(step), parameter_norm=7.0)
-    metrics.validation(2, 4.5, 0.1)
+    metrics.validation(2, Evaluation(Figures(9.0, 2)))
     metrics.close()
     points = _read(tmp_path)
     assert set(points) >= TAGS
@@ -112,7 +113,7 @@ def test_a_skipped_step_is_told_whatever_the_interval(tmp_path: Path, capsys: An
 def test_other_ranks_and_runs_without_tensorboard_write_nothing(tmp_path: Path, capsys: Any) -> None:
     silent = _metrics(recipe(), tmp_path, writes=False)
     silent.step(_report(1), 1.0)
-    silent.validation(1, 2.0, 0.1)
+    silent.validation(1, Evaluation(Figures(2.0, 1)))
     silent.close()
     assert capsys.readouterr().out == ""
     plain = _metrics(recipe(log__tensorboard=False), tmp_path)

@@ -17,6 +17,7 @@ from llama.config import Recipe
 from llama.device import find_device
 from llama.run_folder import RunFolder, read_json, write_json
 from llama.train import mlflow_sink
+from llama.train.evaluate import Evaluation, Figures
 from llama.train.journal import Journal
 from llama.train.metrics import Metrics, StepReport
 from llama.train.mlflow_sink import Mlflow, flat, plain, tracking_uri, without_password
@@ -43,7 +44,7 @@ def _train(config: Recipe, first: int, last: int) -> None:
     for step in range(first + 1, last + 1):
         report = StepReport(step, 5.0 - step, 1.0, 1e-3, 8 * step, 256 * step, 256 * step, 0, 0.0)
         metrics.step(report, parameter_norm=7.0)
-    metrics.validation(last, 4.5, 0.1)
+    metrics.validation(last, Evaluation(Figures(4.5, 1)))
     metrics.scalars(last, {"val_accuracy/data/qnli dev?.tsv": 0.75})
     metrics.text(last, "samples/0", "The answer is 4.")
     metrics.close()
