@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -9,25 +10,51 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama.config import Model
+from llama.model import varlen
 from llama.model.rope import rotate
 
 
 class Documents:
-    """Documents (B, S), numbered from row to row, as attention goes through them one by one.
+    """Documents (B, S), numbered from row to row, for attention in each of them alone.
 
-    No S × S mask: memory and time are the sum over documents. What a batch holds is read on the CPU, so this is for
-    CPUs; and a compiled graph cannot depend on it, so that one makes a mask of `numbers`.
+    No S × S mask: memory and time are the sum over documents. One after another on CPUs; in one kernel on CUDA, where
+    it computes in 16 bits. Their number is read from the batch, which the device waits for once a forward, and which a
+    compiled graph cannot depend on: that one makes a mask of `numbers`, and so does CUDA in fp32.
     """
 
     def __init__(self, numbers: torch.Tensor):
         self.numbers = numbers
-        begins = torch.ones_like(numbers, dtype=torch.bool)
-        begins[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
-        starts = begins.flatten().nonzero().flatten()
-        self.sizes: list[int] = torch.diff(starts, append=starts.new_tensor([numbers.numel()])).tolist()
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Causal attention inside each document; q (B, H, S, head_dim), k and v (B, K, S, head_dim)."""
+    @cached_property
+    def ends(self) -> torch.Tensor:
+        """(documents + 1) int32: 0, then where each document ends, rows end to end."""
+        begins = torch.ones_like(self.numbers, dtype=torch.bool)
+        begins[:, 1:] = self.numbers[:, 1:] != self.numbers[:, :-1]
+        starts = begins.flatten().nonzero().flatten()
+        return torch.cat((starts, starts.new_tensor([self.numbers.numel()]))).to(torch.int32)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        return torch.diff(self.ends).tolist()
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
+        """Causal attention inside each document; q (B, H, S, head_dim), k and v (B, K, S, head_dim).
+
+        None where a mask has to do it.
+        """
+        if q.device.type == "cpu":
+            return self._one_by_one(q, k, v)
+        attend = varlen.kernel() if q.dtype in varlen.TAKES else None
+        return None if attend is None else self._together(q, k, v, attend)
+
+    def _together(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attend: varlen.Attend) -> torch.Tensor:
+        rows, length = len(q), q.shape[2]
+        # A row's length stands for the longest document: to ask for that would make the device wait again.
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+        out = attend(q, k, v, self.ends, length)
+        return out.unflatten(0, (rows, length)).transpose(1, 2)
+
+    def _one_by_one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         rows, grouped = len(q), q.shape[1] != k.shape[1]
         # Rows end to end, then split: split's backward is one concatenation, a slice's would be a whole tensor each.
         split = [
@@ -69,12 +96,12 @@ class KeyValueCache:
 def document_context(cos: torch.Tensor, sin: torch.Tensor, documents: torch.Tensor | None) -> Context:
     """What keeps documents (B, S) apart on the device that they are on; None: plain causal attention.
 
-    A document's tokens are next to one another. On CPUs attention goes from document to document; elsewhere it takes a
-    mask.
+    A document's tokens are next to one another. On CPUs and CUDA attention stays inside documents without a mask
+    where it can (`Documents`); elsewhere it takes a mask.
     """
     if documents is None:
         return Context(cos, sin, None)
-    if documents.device.type == "cpu":
+    if documents.device.type in ("cpu", "cuda"):
         return Context(cos, sin, None, Documents(documents))
     return Context(cos, sin, document_mask(documents))
 
@@ -106,10 +133,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(k, v)
         mask = context.mask
-        if context.documents is not None and not torch.compiler.is_compiling():
-            out = context.documents.attend(q, k, v)
-            return self.o(out.transpose(1, 2).flatten(2))
         if context.documents is not None:
+            apart = None if torch.compiler.is_compiling() else context.documents.attend(q, k, v)
+            if apart is not None:
+                return self.o(apart.transpose(1, 2).flatten(2))
             mask = document_mask(context.documents.numbers)
         causal = mask is None and q.shape[2] == k.shape[2]  # one token after a cache sees everything
         out = F.scaled_dot_product_attention(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from llama.model import varlen
 from llama.model.llama import Llama
 
 # Kept under "selective": results that cost much to compute for the memory they take. The rest (norms, rotations,
@@ -21,6 +22,10 @@ _KEPT = {
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
     torch.ops._c10d_functional.all_reduce.default,
 }
+
+
+if varlen.kernel() is not None:
+    _KEPT.add(torch.ops.torch_attn._varlen_attn.default)
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
