@@ -41,6 +41,10 @@ VERBS = {
         "launch.compare",
         "Whether runs are equal by their curves, and which faults that shows: herd compare runs/gpu runs/trn",
     ),
+    "parity": (
+        "launch.parity",
+        "Train a pair of recipes and compare them: herd parity tiny_cpu --reference fp32.yaml --candidate bf16.yaml",
+    ),
     "plot": ("launch.plot", "Draw loss curves of runs: herd plot runs/a runs/b --to curves.png"),
 }
 

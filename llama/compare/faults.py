@@ -54,7 +54,7 @@ class Reach:
     @property
     def says(self) -> str:
         seen = f"{self.rule}: {percent(self.effect)} when planted, {percent(self.detectable)} is enough here"
-        return f"{'found' if self.found else 'not found'}: {self.fault.what} ({seen})"
+        return f"{'would have found' if self.found else 'would have missed'}: {self.fault.what} ({seen})"
 
 
 def within_reach(findings: Sequence[Finding]) -> list[Reach]:

@@ -60,7 +60,13 @@ def noise_in_words(c: Comparison) -> str:
     else:
         text += f": pairing does not help, their batches differ (likeness {c.likeness:.3f})"
     if c.same_start:
-        return text + "; first weights and batches are the same, so the pair is judged by the tolerances alone"
+        text += "; first weights and batches are the same, so the pair is judged by the tolerances alone"
+        apart = (
+            f" (for comparison: a seed of the reference ends within ± {percent(c.band['final gap'].half)})"
+            if c.band
+            else ""
+        )
+        return text + apart
     if c.band:
         return text + "; beside it stands the band of the references' seeds"
     return text + "; one reference, so noise is the curves' own, and how far seeds lie apart is unknown"
@@ -74,7 +80,7 @@ def as_text(c: Comparison) -> list[str]:
     ]
     lines += [f"  {mark(f):<10} {f.rule:<{width}}  {f.says}" for f in c.findings]
     lines.append(f"  noise: {noise_in_words(c)}")
-    lines += [f"  would have {reach.says}" for reach in within_reach(c.findings)]
+    lines += [f"  {reach.says}" for reach in within_reach(c.findings)]
     return [*lines, f"{c.verdict.upper()}: {c.sentence}"]
 
 
