@@ -66,14 +66,17 @@ class Head(nn.Module):
         self.vocabulary = Vocabulary()
         self.vocab_size = config.vocab_size
         self.loss_chunk = 1024
+        self.skip_untrained = False
+        """Make logits of trained positions alone, where shapes may differ from batch to batch."""
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         hidden, weight = self.vocabulary.enter(hidden, self.weight)
         if labels is None:
             return self.vocabulary.gather(F.linear(hidden, weight))[..., : self.vocab_size]
         return linear_cross_entropy(
-            hidden.flatten(0, 1), weight, labels.flatten(), self.vocab_size, self.loss_chunk, self.vocabulary
-        )
+            hidden.flatten(0, 1), weight, labels.flatten(), self.vocab_size, self.loss_chunk, self.vocabulary,
+            skip_untrained=self.skip_untrained,
+        )  # fmt: skip
 
 
 class Llama(nn.Module):

@@ -17,7 +17,7 @@ from torch import nn
 
 from llama.config import Lora
 from llama.model.llama import Head, Llama
-from llama.model.loss import linear_cross_entropy
+from llama.model.loss import LowRank, linear_cross_entropy
 from llama.targets import HEAD, HF_MODULES, adapted
 
 
@@ -133,9 +133,10 @@ class FrozenLinear(Adapter):
         """`y` = x Wᵀ with what the adapter adds."""
         dropped = self.drop(x)
         low = F.linear(dropped, self.own("lora_a").to(x.dtype)) * self.scale
-        added = F.linear(low, self.own("lora_b").to(x.dtype))
-        if self.magnitude is None:
-            return y + added
+        last = self.own("lora_b").to(x.dtype)
+        if self.magnitude is None:  # summed as it is multiplied: what is added never stands alone
+            return torch.addmm(y.flatten(0, -2), low.flatten(0, -2), last.t()).unflatten(0, y.shape[:-1])
+        added = F.linear(low, last)
         ratio = self.ratio(x.dtype)
         if dropped is x:
             return ratio * (y + added)
@@ -144,32 +145,27 @@ class FrozenLinear(Adapter):
 
 
 class AdaptedHead(Head, Adapter):
-    """The output projection with an adapter: [h, s·hAᵀ] · [W, B]ᵀ, so that the loss needs to know nothing of it.
-
-    The loss forms the gradient of W with that of B: memory of one more matrix of the vocabulary while it runs.
-    """
+    """The output projection with an adapter; the loss takes both, and forms no gradient of the frozen matrix."""
 
     def __init__(self, head: Head, lora: Lora, dtype: torch.dtype):
         nn.Module.__init__(self)
         self.weight = nn.Parameter(head.weight.detach(), requires_grad=False)
         self.vocabulary, self.vocab_size, self.loss_chunk = head.vocabulary, head.vocab_size, head.loss_chunk
+        self.skip_untrained = head.skip_untrained
         self.add_adapter(head.weight.shape[0], head.weight.shape[1], lora, dtype)
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-        hidden, weight = self._joined(*self.vocabulary.enter(hidden, self.weight))
-        if labels is None:
-            return self.vocabulary.gather(F.linear(hidden, weight))[..., : self.vocab_size]
-        return linear_cross_entropy(
-            hidden.flatten(0, 1), weight, labels.flatten(), self.vocab_size, self.loss_chunk, self.vocabulary
-        )
-
-    def _joined(self, hidden: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden, weight = self.vocabulary.enter(hidden, self.weight)
         dtype = hidden.dtype
-        low = F.linear(self.drop(hidden), self.own("lora_a").to(dtype)) * self.scale
-        joined = torch.cat((weight, self.own("lora_b").to(dtype)), dim=1)
-        if self.magnitude is not None:
-            joined = self.ratio(dtype)[:, None] * joined
-        return torch.cat((hidden, low), dim=-1), joined
+        narrow = F.linear(self.drop(hidden), self.own("lora_a").to(dtype)) * self.scale
+        last, ratio = self.own("lora_b").to(dtype), None if self.magnitude is None else self.ratio(dtype)
+        if labels is None:
+            logits = F.linear(hidden, weight) + F.linear(narrow, last)
+            return self.vocabulary.gather(logits if ratio is None else ratio * logits)[..., : self.vocab_size]
+        return linear_cross_entropy(
+            hidden.flatten(0, 1), weight, labels.flatten(), self.vocab_size, self.loss_chunk, self.vocabulary,
+            LowRank(narrow.flatten(0, 1), last, ratio), self.skip_untrained,
+        )  # fmt: skip
 
 
 def adapt(model: Llama, lora: Lora, dtype: torch.dtype) -> None:

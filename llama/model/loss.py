@@ -7,7 +7,7 @@ parameter gradients on the spot and backward only scales them: no logits are kep
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -47,27 +47,54 @@ class Vocabulary:
         return logits
 
 
+class LowRank(NamedTuple):
+    """What an adapter adds to the output projection: logits = ratio · (hidden · weightᵀ + narrow · lastᵀ)."""
+
+    narrow: torch.Tensor
+    """(N, r)"""
+    last: torch.Tensor
+    """(rows, r)"""
+    ratio: torch.Tensor | None
+    """(rows,); None: 1."""
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
+        narrow: torch.Tensor | None,
+        last: torch.Tensor | None,
+        ratio: torch.Tensor | None,
         labels: torch.Tensor,
         vocab_size: int,
         chunk: int,
         vocabulary: Vocabulary,
+        skip_untrained: bool,
     ) -> torch.Tensor:
         rows = weight.shape[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if wants_weight else None
+        wants = ctx.needs_input_grad[:5]
+        given = (hidden, weight, narrow, last, ratio)
+        # Gradients of what has a row a token are filled chunk by chunk, the others are summed over the chunks.
+        types = (hidden.dtype, wide, hidden.dtype, wide, wide)
+        grads = [
+            torch.zeros(x.shape, dtype=dtype, device=x.device) if want and x is not None else None
+            for x, want, dtype in zip(given, wants, types, strict=True)
+        ]
+        grad_hidden, grad_weight, grad_narrow, grad_last, grad_ratio = grads
         total = torch.zeros(1, dtype=wide, device=hidden.device)
         padding = max(0, vocabulary.first_row + rows - vocab_size)  # rows past the tokenizer's ids are never predicted
-        for start in range(0, hidden.shape[0], chunk):
-            h, label = hidden[start : start + chunk], labels[start : start + chunk]
-            logits = (h @ weight.t()).to(wide)
+        for part in _chunks(labels, chunk, skip_untrained and vocabulary.notes is None):
+            h, label, n = hidden[part], labels[part], None
+            logits = h @ weight.t()
+            if narrow is not None and last is not None:
+                n = narrow[part]
+                logits.addmm_(n, last.t())
+            plain = logits = logits.to(wide)
+            if ratio is not None:
+                logits = plain * ratio
             if padding:
                 logits[:, rows - min(padding, rows) :] = -torch.inf
             peak = vocabulary.maximum(logits.amax(dim=-1, keepdim=True))
@@ -85,29 +112,48 @@ class _LinearCrossEntropy(torch.autograd.Function):
             total += losses.sum()
             if vocabulary.notes is not None:
                 vocabulary.notes.append((losses, likeliest))
-            if not (wants_hidden or wants_weight):
+            if not any(wants):
                 continue
-            grad = exponentials.div_(partition[:, None])
-            grad.scatter_add_(1, column, -mine.to(wide)[:, None])
-            grad = grad.mul_(trained.to(wide)[:, None]).to(hidden.dtype)
+            grad = exponentials.mul_((trained / partition)[:, None])
+            grad.scatter_add_(1, column, -(mine & trained).to(wide)[:, None])
+            if ratio is not None:
+                if grad_ratio is not None:
+                    grad_ratio += (grad * plain).sum(0)
+                grad.mul_(ratio)
+            grad = grad.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(grad, weight, out=grad_hidden[start : start + chunk])
-            if grad_weight is not None and hidden.dtype == wide:
-                grad_weight.addmm_(grad.t(), h)
-            elif grad_weight is not None:
-                grad_weight += grad.t() @ h
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
+                grad_hidden[part] = grad @ weight
+            if grad_narrow is not None and last is not None:
+                grad_narrow[part] = grad @ last
+            for summed, x in ((grad_weight, h), (grad_last, n)):
+                if summed is not None and x is not None and x.dtype == wide:
+                    summed.addmm_(grad.t(), x)
+                elif summed is not None and x is not None:
+                    summed += grad.t() @ x
+        ctx.save_for_backward(
+            *(None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, given, strict=True))
+        )
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # A zero-bubble pipeline asks twice, once for each gradient; what is saved must stay as it is.
-        grad_hidden, grad_weight = (
-            saved * grad_loss.to(saved.dtype) if saved is not None and needed else None
-            for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+        return (
+            *(
+                saved * grad_loss.to(saved.dtype) if saved is not None and needed else None
+                for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+            ),
+            *(None,) * 5,
         )
-        return grad_hidden, grad_weight, None, None, None, None
+
+
+def _chunks(labels: torch.Tensor, chunk: int, skip_untrained: bool) -> list[Any]:
+    """What picks each chunk's tokens: slices of all, or the numbers of those that are trained."""
+    if skip_untrained and not torch.compiler.is_compiling():
+        trained = (labels != IGNORED).nonzero()[:, 0]
+        return list(trained.split(chunk)) if len(trained) else []
+    return [slice(start, start + chunk) for start in range(0, len(labels), chunk)]
 
 
 def _likeliest(logits: torch.Tensor, peak: torch.Tensor, vocabulary: Vocabulary) -> torch.Tensor:
@@ -129,13 +175,18 @@ def linear_cross_entropy(
     vocab_size: int,
     chunk: int,
     vocabulary: Vocabulary | None = None,
+    adapter: LowRank | None = None,
+    skip_untrained: bool = False,
 ) -> torch.Tensor:
     """Sum over trained tokens of the cross-entropy of softmax(hidden · weightᵀ), in nats; fp32 or more, shape (1,).
 
     hidden (N, D), weight (rows, D), labels (N,) with -100 where a token is not trained. `vocab_size` columns compete;
-    later rows are padding. At most `chunk` × rows logits exist at once.
+    later rows are padding. At most `chunk` × rows logits exist at once. `adapter` adds to the logits, and a weight that
+    is frozen gets no gradient. With `skip_untrained` logits are made of trained tokens alone: the same sums, but shapes
+    that differ from batch to batch, and on an accelerator a wait for the labels.
     """
+    narrow, last, ratio = adapter or (None, None, None)
     total: torch.Tensor = _LinearCrossEntropy.apply(
-        hidden, weight, labels, vocab_size, chunk, vocabulary or Vocabulary()
+        hidden, weight, narrow, last, ratio, labels, vocab_size, chunk, vocabulary or Vocabulary(), skip_untrained
     )
     return total

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llama.model.loss import linear_cross_entropy
+from llama.model.loss import LowRank, linear_cross_entropy
 
 N, D, V = 50, 16, 37
 
@@ -119,3 +119,38 @@ def test_a_frozen_input_gets_no_gradient_and_the_other_is_unchanged(frozen: int)
     linear_cross_entropy(*inputs, V, 16).sum().backward()
     other = inputs[1 - frozen].grad
     assert inputs[frozen].grad is None and other is not None and torch.equal(other, both[1 - frozen])
+
+
+@pytest.mark.parametrize("rows", [V, V + 11])
+@pytest.mark.parametrize("masked", [0.0, 0.4, 0.99, 1.0])
+def test_logits_of_trained_tokens_alone_give_the_same_loss_and_gradients(masked: float, rows: int) -> None:
+    hidden, weight, labels = _case(torch.float32, rows)
+    labels = torch.where(torch.rand(N, generator=torch.Generator().manual_seed(1)) < masked, -100, labels.abs())
+    seen = []
+    for skip in (False, True):
+        loss = linear_cross_entropy(hidden, weight, labels, V, 7, skip_untrained=skip)
+        seen.append([loss, *torch.autograd.grad(loss.sum(), (hidden, weight))])
+    for plain, skipped in zip(*seen, strict=True):
+        assert torch.allclose(skipped, plain, rtol=1e-6, atol=1e-6 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize("stretched", [False, True])
+def test_an_adapter_gives_the_loss_and_gradients_of_the_logits_it_means(stretched: bool, skip: bool) -> None:
+    hidden, weight, labels = _case(rows=V + 3)
+    frozen = weight.detach()
+    generator = torch.Generator().manual_seed(2)
+    narrow, last, ratio = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+        for shape in ((N, 4), (V + 3, 4), (V + 3,))
+    )
+    given = (hidden, narrow, last, *((ratio,) if stretched else ()))
+    logits = hidden @ frozen.t() + narrow @ last.t()
+    logits = (logits * ratio if stretched else logits)[:, :V]
+    expected = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    adapter = LowRank(narrow, last, ratio if stretched else None)
+    loss = linear_cross_entropy(hidden, frozen, labels, V, 16, adapter=adapter, skip_untrained=skip)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    pairs = zip(torch.autograd.grad(loss.sum(), given), torch.autograd.grad(expected, given), strict=True)
+    for found, exact in pairs:
+        assert torch.allclose(found, exact, rtol=1e-10, atol=1e-12)
