@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from llama.config.section import NonNegative, Section
-
-
-def _names(value: Any) -> Any:
-    """Accept q,v for a list of names."""
-    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+from llama.config.section import NonNegative, Section, names
 
 
 class Lora(Section):
@@ -27,7 +22,7 @@ class Lora(Section):
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
     dora: bool = False
     """Train the length of each row of a weight apart from its direction (Liu et al. 2024)."""
-    targets: Annotated[tuple[str, ...], BeforeValidator(_names), Field(min_length=1)] = ("q", "v")
+    targets: Annotated[tuple[str, ...], BeforeValidator(names), Field(min_length=1)] = ("q", "v")
     """Linears that get an adapter: q or q_proj, k, v, o, gate, up, down, lm_head; attention, mlp, all-linear (all but
     lm_head); or a regular expression that matches whole names such as model.layers.0.self_attn.q_proj."""
     bias: Literal["none"] = "none"

@@ -14,6 +14,7 @@ from llama.config.running import Checkpoint, Log, Resilience
 from llama.config.section import Section
 from llama.config.train import Optimizer, Schedule, Train
 from llama.config.validation import Validation
+from llama.freeze import frozen
 from llama.targets import HEAD, HF_MODULES, ROW_PARALLEL, adapted, linear_shape
 
 
@@ -105,6 +106,12 @@ class Recipe(Section):
         if self.schedule.min_lr > self.optimizer.lr:
             raise ValueError(f"schedule.min_lr={self.schedule.min_lr} is above optimizer.lr={self.optimizer.lr}")
         self._check_lora()
+        if train.freeze and self.lora.rank:
+            raise ValueError(
+                f"train.freeze={','.join(train.freeze)} is for training all weights; with lora.rank={self.lora.rank} all but the "
+                "adapters are frozen anyway; leave one of them out"
+            )
+        frozen(train.freeze, model)
         if self.chat is not None:
             if self.chat.pack and not self.data.document_mask:
                 raise ValueError(

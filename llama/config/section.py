@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,3 +14,8 @@ class Section(BaseModel):
     """A frozen part of the recipe that refuses keys it does not know."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def names(value: Any) -> Any:
+    """Accept q,v for a list of names."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from llama.config.section import Count, NonNegative, Section
+from llama.config.section import Count, NonNegative, Section, names
 
 Precision = Literal["bf16_mixed", "bf16_sr", "fp32"]
 
@@ -71,6 +71,10 @@ class Train(Section):
     """Seed of initial weights and of stochastic rounding."""
     init_from: str | None = None
     """Hugging Face directory whose weights the run starts from; random weights when not given."""
+    freeze: Annotated[tuple[str, ...], BeforeValidator(names)] = ()
+    """Weights that are left as they are when all are trained: embed_tokens, lm_head, norm, norms; a linear or a group of
+    them as in lora.targets; layers.0-7 or layers.0-7.mlp; or a regular expression that matches whole names such as
+    model.layers.0.self_attn.q_proj."""
     garbage_collection_steps: Count = 50
     """Python's collector runs every so many steps on all ranks together, so that none makes the others wait."""
     guard: Guard = Guard()

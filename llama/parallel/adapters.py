@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from llama.config import Recipe
+from llama.freeze import counts
 from llama.model.llama import count_parameters
 from llama.model.lora import initial_a
 from llama.model.nf4 import (
@@ -131,6 +132,9 @@ def adapter_shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
 
 def adapters_in_words(recipe: Recipe) -> list[str]:
     """How much is trained, as PEFT's print_trainable_parameters says it; nothing where all is."""
+    if recipe.train.freeze:
+        trained, total = counts(recipe.train.freeze, recipe.model)
+        return [f"trainable params: {trained:,} || all params: {total:,} || trainable%: {100 * trained / total:.4f}"]
     if not recipe.lora.rank:
         return []
     trained = sum(torch.Size(shape).numel() for shape in adapter_shapes(recipe).values())

@@ -13,6 +13,7 @@ import torch
 from llama.config import Recipe
 from llama.data.batches import Batch
 from llama.device import Device
+from llama.freeze import frozen
 from llama.model.init import initial_rows
 from llama.model.llama import Llama
 from llama.model.lora import adapt, set_dropout_key
@@ -36,14 +37,14 @@ class ParallelLlama:
         self.tied_ends = TiedEnds(parts, recipe, mesh) if piped and recipe.model.tie_embeddings else None
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Every trained parameter of this rank once, by its name in the whole model; a tied output goes by the
-        embedding's name.
+        """Every parameter of this rank once, by its name in the whole model: what a checkpoint holds. Of a network with
+        adapters they alone; a tied output goes by the embedding's name.
 
         Where both copies of a tied embedding are on this rank the first alone is named.
         """
         seen = set()
         for part in self.parts:
-            for name, parameter in trainable(part):
+            for name, parameter in trainable(part) if self.recipe.lora.rank else part.named_parameters():
                 if self.tied_ends is not None and name == "head.weight":
                     name = "embed.weight"
                 if name not in seen:
@@ -124,14 +125,17 @@ def parallelize(
     if lora.rank:
         read = with_adapters(recipe, read, base, read_adapter)
 
-    parts = []
+    parts, still = [], frozen(t.freeze, recipe.model)
     for stage in rank_stages(mesh.stage_rank, p) if p.pipeline_parallel > 1 else [0]:
         with torch.device("meta"):
             part = Llama(recipe.model, stage_layers(stage, p.stages, recipe.model.num_layers)).to(base)
             if lora.rank:
                 adapt(part, lora, weights)
+            freeze(part, still)
         if part.head is not None:
             part.head.loss_chunk = t.loss_chunk
+            # Where shapes must stay as they are, or all is trained, the untrained positions are not left out.
+            part.head.skip_untrained = recipe.chat is not None and device.type != "neuron"
         if p.tensor_parallel > 1:
             tensor_parallel(part, mesh.tp, p.sequence_parallel)
         if t.activation_checkpointing == "selective":  # inside the graph, whose operators it chooses from
@@ -150,6 +154,14 @@ def parallelize(
             fill_nested_scales(part, read)
         parts.append(part)
     return ParallelLlama(parts, recipe, mesh, device.torch(), compute)
+
+
+def freeze(part: Llama, still: Sequence[str]) -> None:
+    """Let the parameters called `still` in the whole model be as they are; a tied output goes by the embedding's name."""
+    for name, parameter in part.named_parameters():
+        tied = name == "head.weight" and part.config.tie_embeddings
+        if ("embed.weight" if tied else name) in still:
+            parameter.requires_grad_(False)
 
 
 def initial_weights(recipe: Recipe) -> Callable[[str, Box], torch.Tensor]:

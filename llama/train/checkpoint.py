@@ -33,6 +33,7 @@ from llama.checkpoint_format import (
     read_manifest,
 )
 from llama.config import Recipe
+from llama.freeze import frozen as frozen_names
 from llama.parallel.apply import ParallelLlama
 from llama.run_folder import DAMAGED, MANIFEST, PREFIX, Lock, complete, step_of
 from llama.targets import adapted
@@ -98,11 +99,12 @@ class Checkpoints:
         self.stager = BlockingAsyncStager()
 
     def _tensors(self) -> dict[str, Any]:
-        """Trained weights and moments by the key they are saved under; moments are made when there are none yet."""
+        """Weights, and moments of those that are trained, by the key they are saved under; moments are made when there
+        are none yet."""
         tensors: dict[str, Any] = {}
         for name, parameter in self.model.named_parameters():
             tensors[f"model.{name}"] = parameter.detach()
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in ("exp_avg", "exp_avg_sq") if parameter.requires_grad else ():
                 tensors[f"optimizer.{name}.{key}"] = self._moments(parameter)[key]
         return tensors
 
@@ -199,6 +201,7 @@ class Checkpoints:
             "state": asdict(state),
             "model": self.recipe.model.model_dump(mode="json"),
             "lora": _adapter_shape(self.recipe),
+            "freeze": frozen_names(self.recipe.train.freeze, self.recipe.model),
             "precision": self.recipe.train.precision,
             "ranks": len({name.split("_")[2] for name in files if name.startswith("__")}),
             "files": files,
@@ -277,6 +280,12 @@ class Checkpoints:
             raise UserError(
                 f"{checkpoint} has {_adapter_words(there)} and the recipe {_adapter_words(here)}; use the run's own recipe "
                 "or another run_dir",
+                2,
+            )
+        if manifest.get("freeze", []) != frozen_names(self.recipe.train.freeze, self.recipe.model):
+            raise UserError(
+                f"{checkpoint} was trained with other weights frozen than train.freeze={','.join(self.recipe.train.freeze)} "
+                "means; use the run's own recipe, or export it and start another run_dir with train.init_from",
                 2,
             )
         tensors = self._tensors()

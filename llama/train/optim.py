@@ -27,7 +27,8 @@ def build_optimizer(model: ParallelLlama, recipe: Recipe, device: Device) -> tor
         {"params": [p for _, p in named if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for _, p in named if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]  # a pipeline stage may hold no norm
+    # A pipeline stage may hold no norm, or be frozen whole.
+    groups = [group for group in groups if group["params"]] or groups[:1]
     if (
         recipe.train.precision == "bf16_sr" and device.type != "neuron"
     ):  # there the runtime rounds stochastically itself
@@ -90,7 +91,8 @@ def clip_factor(norm: float, limit: float | None) -> float:
 def scale_gradients(named: Named, factor: float) -> None:
     """Multiply every gradient by `factor`, in place."""
     local = [local_part(p.grad)[0] for _, p in named if p.grad is not None]
-    torch._foreach_mul_(local, factor)
+    if local:  # a pipeline stage may be frozen whole
+        torch._foreach_mul_(local, factor)
 
 
 def total_over_ranks(values: torch.Tensor) -> list[float]:
