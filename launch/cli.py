@@ -27,6 +27,7 @@ VERBS = {
     ),
     "export": ("launch.export", "Checkpoint to a Hugging Face directory: herd export runs/tiny --to exported"),
     "merge": ("launch.merge", "Fold an adapter into its base: herd merge SmolLM2-135M runs/lora --to merged"),
+    "chat": ("launch.chat", 'Talk with a model: herd chat merged, or herd chat merged "What is a llama?"'),
     "generate": ("launch.generate", 'Continue a prompt: herd generate exported "Once upon a time"'),
     "submit": ("launch.submit", "Check a recipe and submit it to Slurm: herd submit ./llama_7b.sh --nodes 4"),
     "status": ("launch.status", "How runs stand, in words: herd status, or herd status runs/llama2_7b_gpu"),

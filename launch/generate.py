@@ -12,8 +12,12 @@ import click
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from data_prep.tokenizers import Tokenizer
+    from llama.config import Model
     from llama.model.llama import Llama
+    from llama.parallel.shards import Box
 
 LOOK_BACK = 8
 """Ids decoded again before each new one: a tokenizer may spell an id by those before it, such as a leading space."""
@@ -75,22 +79,29 @@ def starts_with_bos(directory: Path, tokenizer: Tokenizer) -> bool:
 
 
 def load_model(directory: Path, device: str | None) -> Llama:
-    """The directory's model on one device, in the type of its weights (float32 for float16 on a CPU, which crawls)."""
+    """The directory's model on one device, in the type of its weights."""
+    from llama import hf
+    from llama.hf.weights import DTYPES, find_tensors
+
+    config = hf.model_config(directory)
+    dtype = DTYPES[find_tensors(directory)[hf.hf_name("embed.weight")].dtype]
+    return fill_model(config, hf.checkpoint_reader(directory, config), dtype, device)
+
+
+def fill_model(
+    config: Model, read: Callable[[str, Box], torch.Tensor], dtype: torch.dtype, device: str | None
+) -> Llama:
+    """A model of what `read` gives on one device, in `dtype` (float32 for float16 on a CPU, which crawls)."""
     import torch
 
-    from llama import hf
     from llama.device import find_device
-    from llama.hf.weights import DTYPES, find_tensors
     from llama.model.llama import Llama
     from llama.parallel.shards import fill_parameters
 
-    config = hf.model_config(directory)
-    read = hf.checkpoint_reader(directory, config)
     try:
         where = find_device(device).torch()
     except ValueError as error:
         raise UserError(f"--device: {error}", 2) from None
-    dtype = DTYPES[find_tensors(directory)[hf.hf_name("embed.weight")].dtype]
     with torch.device("meta"):
         model = Llama(config)
     if dtype == torch.float16 and where.type == "cpu":

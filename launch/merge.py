@@ -31,7 +31,7 @@ def _prompts(tokenizer: Path | None, vocab_size: int) -> list[list[int]]:
     return [[*start, *loaded.encode(text)] for text in PROMPTS]
 
 
-def _recipe(base: Path, adapter: Path) -> tuple[Recipe, Path]:
+def recipe_of(base: Path, adapter: Path) -> tuple[Recipe, Path]:
     """A recipe that stands for base and adapter, and the base's directory."""
     from llama import hf
     from llama import recipe as recipes
@@ -87,7 +87,7 @@ def command(base: Path, adapter: Path, to: Path, dtype: str | None, check: bool,
                     2,
                 )
             base = _exported(base, Path(folder) / "base")
-        recipe, base = _recipe(base, adapter)
+        recipe, base = recipe_of(base, adapter)
         tokenizer = base if any(base.glob("tokenizer.*")) else None
         stored = find_tensors(base)[hf.hf_name("layers.0.attention.q.weight")].dtype
         kind = dtype or {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32")
