@@ -1,8 +1,8 @@
 """Which faults `herd compare` finds, and what it lets pass: real training runs of a tiny Llama, some with a planted fault.
 
 python benchmarks/parity_faults.py [--folder DIR] [--json FILE] [--fixtures DIR] makes the demo text, trains each case
-with our own trainer (0.3 million parameters, 400 steps of 512 tokens, one thread a process, two processes at a time,
-about six minutes), compares each with its reference and prints what every rule said. Runs that are in DIR already are
+with our own trainer (0.4 million parameters, 400 steps of 512 tokens, one thread a process, two processes at a time,
+seven minutes on two free cores), compares each with its reference and prints what every rule said. Runs that are in DIR already are
 not trained again. A fault is a patch in this file; package code knows nothing of it.
 """
 
@@ -398,7 +398,7 @@ def main() -> None:
             write_fixtures(folder, options.fixtures)
     figures = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "model": "0.3 million parameters, 512 tokens a step, 400 steps (tails 600, continuations 200)",
+        "model": "0.4 million parameters, 512 tokens a step, 400 steps (tails 600, continuations 200)",
         "seconds": round(time.monotonic() - began),
         "as_wanted": sum(row["verdict"] == row["wanted"] for row in rows),
         "cases": len(rows),

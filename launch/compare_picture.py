@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_prep.errors import UserError
 from launch.plot import COLOURS, readable_norm, save
 from llama.compare.statistics import Series, smooth
 
@@ -21,6 +22,9 @@ def draw(found: Sequence[Comparison], to: Path) -> None:
     """Write the picture of all comparisons to `to`. Raises UserError."""
     from matplotlib.figure import Figure
 
+    found = [c for c in found if c.points]
+    if not found:
+        raise UserError(f"--to {to}: no run has enough points that are numbers to draw; leave it out", 1)
     figure = Figure(figsize=(11, 7), dpi=130, layout="constrained")
     panels: dict[str, Any] = figure.subplot_mosaic(
         [["loss", "norm"], ["gap", "ratio"]], width_ratios=[3, 2], sharex=True

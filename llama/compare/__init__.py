@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+from llama.compare.comparison import Comparison
 from llama.compare.rules import Finding, Options
+from llama.compare.run import Run, open_run
 from llama.compare.testing import assert_parity
-from llama.compare.verdict import Comparison, Run, compare, open_run
+from llama.compare.verdict import compare
 
 __all__ = ["Comparison", "Finding", "Options", "Run", "assert_parity", "compare", "open_run"]

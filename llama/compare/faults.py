@@ -1,6 +1,6 @@
 """Faults that were planted into real runs, and where they showed: what a comparison of given noise would have found.
 
-Measured by benchmarks/parity_faults.py on a tiny Llama (0.3 million parameters, 400 steps; benchmarks/results/
+Measured by benchmarks/parity_faults.py on a tiny Llama (0.4 million parameters, 400 steps; benchmarks/results/
 parity_faults-CPU.json, to which a test holds this table). Effects of other models differ in size, not in place.
 """
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from llama.compare.comparison import EXIT, Comparison
 from llama.compare.faults import within_reach
 from llama.compare.rules import Finding, percent
-from llama.compare.verdict import EXIT, Comparison
 
 
 def overall(comparisons: Sequence[Comparison]) -> str:
@@ -53,6 +53,8 @@ def _number(value: Any) -> Any:
 
 def noise_in_words(c: Comparison) -> str:
     """What the noise is, where it comes from, and whether pairing takes it away."""
+    if not c.points:
+        return "nothing is left to measure it on"
     text = f"the gap's noise from point to point is {percent(c.noise)} of the loss"
     if c.pairing > 1.5:
         times = f"{c.pairing:,.1f}" if c.pairing < 1000 else f"{c.pairing:.0e}"

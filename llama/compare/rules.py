@@ -65,6 +65,7 @@ class Finding:
 
 
 OPENING = 10
+"""Steps in which runs of one start have not diverged yet."""
 OPENING_BOUNDS = {"bf16": (5e-3, 3e-2), "fp32": (1e-4, 1e-3)}
 """How far apart loss and gradient norm may be in the first steps of one run: where either run computes in bf16 the
 bounds of tests/dist/test_bf16.py, where both say fp32 a hundred times what two layouts were measured to be."""
@@ -102,15 +103,19 @@ def pointwise(a: Series, b: Series, options: Options) -> Finding:
     return Finding("pointwise", "pass" if share >= options.share else "fail", says, share, tolerance=options.share)
 
 
-def opening(what: str, a: Series, b: Series, bound: float, claimed: bool) -> Finding:
-    """The first points of runs that claim the same weights and batches: nothing has diverged yet, so they must agree."""
+def opening(what: str, steps: Series, a: Series, b: Series, bound: float, claimed: bool) -> Finding:
+    """The first steps of runs that claim the same weights and batches: nothing has diverged yet, so they must agree.
+
+    Runs that log seldom are judged by their first point, when that is still an early one.
+    """
     rule = f"opening, {what}"
-    apart = np.abs(b[:OPENING] / a[:OPENING] - 1)
-    worst = float(apart.max())
-    says = f"the first {len(apart)} points of the {what} are at most {percent(worst)} apart"
     if not claimed:
-        return Finding(rule, "absent", says + "; not judged, as the runs do not claim one start", worst, decisive=False)
-    says += f" (same weights and batches claimed: up to {percent(bound)})"
+        return Finding(rule, "absent", "not judged, as the runs do not claim the same first weights and batches")
+    early = steps <= max(OPENING, steps[0] if len(steps) and steps[0] <= 2 * OPENING else 0)
+    if not early.any():
+        return Finding(rule, "absent", f"not judged, as neither run shows a {what} of its first {OPENING} steps")
+    worst = float(np.abs(b[early] / a[early] - 1).max())
+    says = f"up to step {steps[early][-1]:,.0f} the {what} is at most {percent(worst)} apart (same start: {percent(bound)} at most)"
     return Finding(rule, "pass" if worst <= bound else "fail", says, worst, tolerance=bound, detectable=bound)
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from llama.compare.align import Over
+from llama.compare.comparison import Comparison
 from llama.compare.rules import Options
-from llama.compare.verdict import Comparison, compare, open_run
+from llama.compare.run import open_run
+from llama.compare.verdict import compare
 
 
 def assert_parity(

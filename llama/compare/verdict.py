@@ -5,20 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from llama.compare import rules
 from llama.compare.align import Line, Over, align, axis_for, line
-from llama.compare.events import Curve, find_tag, need_tag, read_run
+from llama.compare.comparison import Comparison, sentence
+from llama.compare.events import find_tag, need_tag
 from llama.compare.rules import Band, Finding, Options
+from llama.compare.run import Run, same_start
 from llama.compare.statistics import Estimate, Series, jitter, noise
 
 COMPARED = ("loss", "gradient norm", "parameter norm")
@@ -26,84 +25,6 @@ FEWEST_POINTS = 20
 """Points that must be left to judge."""
 ALIKE = 0.5
 """Likeness of two curves' noise from which on they are taken to see the same batches."""
-EXIT = {"pass": 0, "fail": 1, "undecided": 3}
-"""Exit codes of verdicts; 2 is wrong use."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run to compare: its name, where it lies, its scalars by tag."""
-
-    name: str
-    path: Path
-    curves: Mapping[str, Curve]
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    """Of our own run folders."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What was found of one candidate."""
-
-    candidate: str
-    references: tuple[str, ...]
-    verdict: str
-    """pass, fail or undecided."""
-    sentence: str
-    findings: tuple[Finding, ...]
-    over: str
-    first: float
-    last: float
-    """The part of the axis that was judged."""
-    points: int
-    pairing: float
-    """How many times smaller the noise of the gap is than that of two unrelated curves; 1 when pairing does not help."""
-    likeness: float
-    """Correlation of the two curves' noise from point to point."""
-    same_start: bool
-    noise: float
-    """Noise of the gap from point to point, as a share of the loss."""
-    band: Mapping[str, Band]
-    """By statistic; empty with one reference."""
-    x: Series
-    reference_loss: Series
-    candidate_loss: Series
-    norms: NDArray[np.float64] | None
-    """x, gradient norm of the reference and of the candidate, (3, n)."""
-    spread: Series | None
-    """Half the distance between the lowest and the highest reference at each x."""
-
-    @property
-    def exit_code(self) -> int:
-        return EXIT[self.verdict]
-
-
-def open_run(path: Path, name: str | None = None) -> Run:
-    """Read a run from where it lies. Raises UserError."""
-    recipe: dict[str, Any] = {}
-    file = path / "recipe.yaml"
-    if path.is_dir() and file.is_file():
-        try:
-            found = yaml.safe_load(file.read_text(encoding="utf-8"))
-            recipe = found if isinstance(found, dict) else {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            recipe = {}
-    return Run(name or path.name, path, read_run(path), recipe)
-
-
-def same_start(a: Run, b: Run) -> bool:
-    """Whether the recipes of both runs give the same first weights and the same batches in the same order."""
-    if not a.recipe or not b.recipe:
-        return False
-
-    def start(recipe: Mapping[str, Any]) -> list[Any]:
-        train, data = recipe.get("train", {}), recipe.get("data", {})
-        order = data.get("order_samples") or train.get("steps", 0) * train.get("global_batch_size", 0)
-        kept = {key: value for key, value in data.items() if key not in ("prefetch", "tokenizer", "order_samples")}
-        weights = [train.get(key) for key in ("seed", "init_from", "global_batch_size")]
-        return [weights, recipe.get("model"), recipe.get("chat"), recipe.get("lora"), kept, order]
-
-    return start(a.recipe) == start(b.recipe)
 
 
 def compare(
@@ -127,15 +48,21 @@ def compare(
     twin = _twin(references, candidate, options)
     against = [twin] if twin else list(references)
 
-    whole, all_a, all_b = _together(curves["loss"], against, candidate, axis)
-    start = options.start if options.start is not None else float(whole[0] + 0.1 * (whole[-1] - whole[0]))
-    kept = whole >= start
-    if kept.sum() < FEWEST_POINTS:
-        raise UserError(
-            f"{candidate.name} and {against[0].name} share {int(kept.sum())} points from {axis} {start:,.0f} on (up to "
-            f"{whole[-1]:,.0f}); {FEWEST_POINTS} are needed: train longer, log more often, or lower --from",
-            2,
-        )
+    finite = rules.finite([(name, what, curves[what][name]) for what in COMPARED[:2] for name in curves[what]], axis)
+    try:
+        whole, all_a, all_b = _together(curves["loss"], against, candidate, axis)
+        start = options.start if options.start is not None else float(whole[0] + 0.1 * (whole[-1] - whole[0]))
+        kept = whole >= start
+        if kept.sum() < FEWEST_POINTS:
+            raise UserError(
+                f"{candidate.name} and {against[0].name} share {int(kept.sum())} points from {axis} {start:,.0f} on (up to "
+                f"{whole[-1]:,.0f}); {FEWEST_POINTS} are needed: train longer, log more often, or lower --from",
+                2,
+            )
+    except UserError:
+        if finite.verdict == "fail":  # what is left of a run that broke may be too short to look at
+            return _broken(candidate, against, finite, axis, curves["loss"])
+        raise
     x, a, b = whole[kept], all_a[kept], all_b[kept]
     bands = _bands(curves, references, axis, start)
     likeness = _likeness(a, b)
@@ -147,9 +74,9 @@ def compare(
     exact = all(run.recipe.get("train", {}).get("precision") == "fp32" for run in (*against, candidate))
     bounds = rules.OPENING_BOUNDS["fp32" if exact else "bf16"]
     findings = [
-        rules.finite([(name, what, curves[what][name]) for what in COMPARED[:2] for name in curves[what]], axis),
+        finite,
         rules.pointwise(a, b, options),
-        rules.opening("loss", all_a, all_b, bounds[0], bool(twin)),
+        _opening("loss", against[0], candidate, tags, bounds[0], bool(twin)),
         judged("final gap", "the loss of the last quarter is apart by", rules.gap(a, b), options.tolerance),
         judged("drift", "over the last half the gap grows by", rules.drift(x, a, b), options.drift_tolerance),
     ]
@@ -157,7 +84,7 @@ def compare(
     if norms is None:
         findings.append(Finding("gradient norm", "absent", _missing("gradient norm", candidate, against)))
     else:
-        findings.append(rules.opening("gradient norm", norms[1], norms[2], bounds[1], bool(twin)))
+        findings.append(_opening("gradient norm", against[0], candidate, (), bounds[1], bool(twin)))
         norms = norms[:, norms[0] >= start]
         level = rules.level(norms[1], norms[2])
         findings.append(judged("gradient norm", "the gradient norm is apart by", level, options.norm_tolerance))
@@ -178,6 +105,27 @@ def compare(
         pairing=apart / gap_noise if gap_noise else math.inf, likeness=likeness, same_start=bool(twin),
         noise=gap_noise / float(a.mean()), band=bands, x=x, reference_loss=a, candidate_loss=b, norms=norms,
         spread=_spread(curves["loss"], references, x),
+    )  # fmt: skip
+    return replace(result, sentence=sentence(result))
+
+
+def _opening(what: str, first: Run, candidate: Run, tags: Sequence[str], bound: float, claimed: bool) -> Finding:
+    """The rule of the first steps, over steps whatever the others are over."""
+    lines = _lines([first, candidate], what, "steps", tags)
+    steps, a, b = align(lines[first.name], lines[candidate.name], (first.name, candidate.name), "steps")
+    return rules.opening(what, steps, a, b, bound, claimed)
+
+
+def _broken(
+    candidate: Run, against: Sequence[Run], finite: Finding, axis: str, lines: Mapping[str, Line]
+) -> Comparison:
+    """The verdict where points that are no numbers left too little to compare."""
+    none, last = np.zeros(0), float(lines[candidate.name].x[-1])
+    result = Comparison(
+        candidate=candidate.name, references=tuple(run.name for run in against), verdict="fail", sentence="",
+        findings=(finite,), over=axis, first=float(lines[candidate.name].x[0]), last=last, points=0, pairing=1.0,
+        likeness=0.0, same_start=False, noise=0.0, band={}, x=none, reference_loss=none, candidate_loss=none, norms=None,
+        spread=None,
     )  # fmt: skip
     return replace(result, sentence=sentence(result))
 
@@ -296,36 +244,3 @@ def _weighed(finding: Finding, options: Options) -> Finding:
 def _verdict(findings: Sequence[Finding]) -> str:
     said = {finding.verdict for finding in findings if finding.decisive}
     return next((word for word in ("fail", "undecided") if word in said), "pass")
-
-
-def sentence(c: Comparison) -> str:
-    """The verdict for people."""
-    against = " and ".join(c.references)
-    counted = [finding for finding in c.findings if finding.decisive and finding.verdict == c.verdict]
-    span = f"{c.over} {c.first:,.0f} to {c.last:,.0f}"
-    if c.verdict == "fail":
-        why = "; ".join(f"{f.rule}: {f.says}" for f in counted)
-        return f"{c.candidate} is not {against}: over {span}, {why}"
-    if c.verdict == "undecided":
-        why = "; ".join(f"{f.rule}: {f.says}" for f in counted)
-        return f"{c.candidate} against {against} is undecided over {span}: {why}{more_in_words(c, counted)}"
-    gap = next((f for f in counted if f.rule == "final gap"), None)
-    shown = f"; {gap.says}" if gap else ""
-    return f"{c.candidate} equals {against} by every rule that counts over {span}{shown}"
-
-
-def more_in_words(c: Comparison, undecided: Sequence[Finding]) -> str:
-    """How much longer the run would have to be."""
-    if not c.same_start and any(f.more is None for f in undecided):
-        return (
-            "; give further seeds with --reference, of the same batches if the candidate's are, or --same-start if the runs "
-            "have one"
-        )
-    wanted = [f.more for f in undecided if f.more is not None]
-    if not wanted:
-        return ""
-    times = max(wanted)
-    if times > 20:
-        return "; no length within reason decides: the gap lies on the edge of the tolerance"
-    longer = max(times - 1, 0.1) * (c.last - c.first)
-    return f"; about {longer:,.0f} more {c.over} would decide, if it goes on like this"

@@ -136,6 +136,23 @@ def test_a_point_that_is_no_number_fails_with_its_step(value: float) -> None:
     assert found.verdict == "fail" and "at step 120" in found.sentence and "b: loss is" in found.sentence
 
 
+def test_a_run_that_broke_early_fails_though_too_little_is_left_to_compare() -> None:
+    loss = loss_curve(200, 1)
+    broken = np.where(np.arange(200) < 9, loss, np.nan)
+    found = compare([made("a", loss)], made("b", broken))
+    assert found.exit_code == 1 and "loss is nan at step 10, and at 190 more points" in found.sentence
+    assert compare([made("a", loss)], made("b", broken * np.nan)).exit_code == 1
+
+
+def test_runs_that_log_seldom_are_judged_by_an_early_point_or_not_at_all() -> None:
+    loss, same = loss_curve(1000, 1), Options(same_start=True)
+    for every, said in ((1, "fail"), (10, "fail"), (40, "absent")):
+        a, b = (made(name, curve[every - 1 :: every], every) for name, curve in (("a", loss), ("b", loss * 1.02)))
+        assert verdicts(compare([a], b, same))["opening, loss"] == said
+    wild = loss * np.where((np.arange(1000) > 10) & (np.arange(1000) < 60), 1.1, 1.0)  # paths part, and meet again
+    assert verdicts(compare([made("a", loss)], made("b", wild), same))["opening, loss"] == "pass"
+
+
 def test_equal_runs_pass_and_a_gap_as_large_as_the_noise_is_seen() -> None:
     batches, same = loss_curve(600, 1), Options(same_start=True)
     near = batches + np.random.default_rng(2).normal(size=600) * 0.002
