@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from llama.config.section import Count, NonNegative, Section, names
 
@@ -32,9 +32,24 @@ class Schedule(Section):
     kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """wsd: warm-up, stable, then linear decay over the last decay_steps."""
     warmup_steps: NonNegative = 0
+    warmup_share: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Warm-up as a share of train.steps, such as 0.05; in place of warmup_steps."""
     decay_steps: Count | None = None
     """Steps at which linear and cosine reach min_lr (train.steps when not given); for wsd the length of the decay."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+
+    @model_validator(mode="after")
+    def _check(self) -> Schedule:
+        if self.warmup_share is not None and self.warmup_steps:
+            raise ValueError(
+                f"warmup_share={self.warmup_share} and warmup_steps={self.warmup_steps} say the same in two ways; set "
+                "schedule.warmup_steps=0, or schedule.warmup_share=null"
+            )
+        return self
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up in a run of `steps`."""
+        return self.warmup_steps if self.warmup_share is None else round(self.warmup_share * steps)
 
 
 class Guard(Section):

@@ -13,7 +13,7 @@ from tests.dist.layouts import recipe
 PEAK, FLOOR = 1e-2, 1e-4
 
 
-def _rates(kind: str, steps: int = 100, **schedule: int) -> list[float]:
+def _rates(kind: str, steps: int = 100, **schedule: float) -> list[float]:
     keys = {f"schedule__{key}": value for key, value in schedule.items()}
     config = recipe(train__steps=steps, optimizer__lr=PEAK, schedule__kind=kind, schedule__min_lr=FLOOR, **keys)
     return [learning_rate(step, config) for step in range(steps + 20)]
@@ -65,3 +65,9 @@ def test_warm_up_as_long_as_the_decay_falls_to_the_floor_without_dividing_by_zer
     rates = _rates("linear", warmup_steps=30, decay_steps=30)
     assert rates[30] == PEAK
     assert rates[31] == pytest.approx(FLOOR)
+
+
+def test_a_share_of_the_run_is_that_many_steps_of_warm_up() -> None:
+    assert _rates("cosine", warmup_share=0.05) == _rates("cosine", warmup_steps=5)
+    with pytest.raises(ValueError, match="two ways"):
+        _rates("cosine", warmup_share=0.05, warmup_steps=5)
