@@ -10,8 +10,9 @@ from llama.config import Recipe
 def learning_rate(step: int, recipe: Recipe) -> float:
     """Of optimizer step `step`, counted from 0.
 
-    Warm-up reaches optimizer.lr after warmup_steps (or its share of the run); linear and cosine reach min_lr at decay_steps and stay there; wsd
-    (warm-up, stable, decay: MiniCPM, Hu et al. 2024) falls linearly over the last decay_steps of the run.
+    Warm-up reaches optimizer.lr after warmup_steps (or its share of the run); linear and cosine reach min_lr at
+    decay_steps and stay there; wsd (warm-up, stable, decay: MiniCPM, Hu et al. 2024) falls linearly over the last
+    decay_steps of the run.
     """
     peak, s = recipe.optimizer.lr, recipe.schedule
     warmup = s.warmup(recipe.train.steps)
