@@ -6,6 +6,7 @@ Also from JSON ({tag: {"steps": [...], "values": [...]}}) and CSV (a column `ste
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,11 +43,26 @@ class Curve(NamedTuple):
 def read_run(run: Path) -> dict[str, Curve]:
     """Every scalar of a run by its tag; `run` is a run folder, a folder of event files, or one file.
 
-    Parts of a resumed run are one curve: of two points at one step the later counts. Raises UserError.
+    Parts of a resumed run are one curve, in one folder or in several that each begin later: of two points at one step
+    the later part's counts. Raises UserError.
     """
     if run.suffix in (".json", ".csv") and run.is_file():
         return _read_text(run)
-    place = run if run.is_file() else _folder_of_events(run)
+    folders = [run] if run.is_file() else _folders_of_events(run)
+    parts = [_read_events(folder) for folder in folders]
+    starts = [min((curve.steps[0] for curve in part.values() if curve.steps), default=0) for part in parts]
+    if any(later <= earlier for earlier, later in itertools.pairwise(starts)):
+        found = ", ".join(str(folder.relative_to(run)) for folder in folders[:5])
+        raise UserError(f"{run}: has TensorBoard events of {len(folders)} runs ({found}); name one of these folders", 2)
+    points: dict[str, dict[int, float]] = {}
+    for part in parts:
+        for tag, curve in part.items():
+            points.setdefault(tag, {}).update(zip(*curve, strict=True))
+    return {tag: Curve(sorted(values), [values[step] for step in sorted(values)]) for tag, values in points.items()}
+
+
+def _read_events(place: Path) -> dict[str, Curve]:
+    """The curves of one folder of event files, or of one file."""
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
     events = EventAccumulator(str(place), size_guidance={SCALARS: 0})  # 0: every point, no sample of them
@@ -58,17 +74,17 @@ def read_run(run: Path) -> dict[str, Curve]:
     return curves
 
 
-def _folder_of_events(run: Path) -> Path:
-    """The one folder in `run` that holds event files: itself, its tensorboard/, or the only one below."""
+def _folders_of_events(run: Path) -> list[Path]:
+    """The folders in `run` that hold event files: its tensorboard/ or itself, else those below in the order of time.
+
+    The Hugging Face trainer and Lightning begin another folder each time that a run is started.
+    """
     for folder in (run / "tensorboard", run):
         if folder.is_dir() and any(folder.glob(EVENTS)):
-            return folder
-    below = sorted({path.parent for path in run.rglob(EVENTS)}) if run.is_dir() else []
-    if len(below) == 1:
-        return below[0]
-    if below:
-        found = ", ".join(str(folder.relative_to(run)) for folder in below[:5])
-        raise UserError(f"{run}: has TensorBoard events of {len(below)} runs ({found}); name one of these folders", 2)
+            return [folder]
+    files = sorted(run.rglob(EVENTS), key=lambda path: path.name) if run.is_dir() else []  # names begin with the time
+    if files:
+        return list(dict.fromkeys(path.parent for path in files))
     raise UserError(
         f"{run}: has no TensorBoard events, neither there nor in tensorboard/; give a run folder such as "
         "runs/tiny_cpu of a run with log.tensorboard=true",

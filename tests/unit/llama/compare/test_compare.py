@@ -16,6 +16,7 @@ from llama.compare import Comparison, Options, Run, assert_parity, compare, open
 from llama.compare.events import Curve, read_run
 from llama.compare.faults import FAULTS, within_reach
 from llama.compare.report import noise_in_words
+from tests.unit.llama.compare.series import wandering
 
 FIXTURES = Path(__file__).parents[3] / "fixtures/parity"
 TABLE = Path(__file__).parents[4] / "benchmarks/results/parity_faults-CPU.json"
@@ -164,6 +165,15 @@ def test_equal_runs_pass_and_a_gap_as_large_as_the_noise_is_seen() -> None:
     assert compare([made("a", batches)], made("b", near + 0.2)).verdict == "fail"  # but not that
 
 
+def test_equal_pairs_are_almost_never_failed_whatever_the_memory_of_their_gap() -> None:
+    same, said = Options(same_start=True), []
+    for seed in range(100):
+        batches = loss_curve(300, seed)
+        gap = wandering(300, 0.9, 1000 + seed) * 0.01 * np.clip(np.arange(300) / 50, 0, 1)  # paths part slowly
+        said.append(compare([made("a", batches)], made("b", batches + gap), same).verdict)
+    assert said.count("fail") <= 1 and said.count("pass") > 50
+
+
 def test_a_slow_drift_is_seen_and_measured() -> None:
     batches = loss_curve(1000, 1, noise=0.01)
     ramp = np.clip((np.arange(1000) - 400) / 600, 0, None) * 0.033
@@ -223,6 +233,25 @@ def test_of_a_resumed_run_the_later_part_counts(tmp_path: Path) -> None:
     curve = read_run(tmp_path)["lm loss"]
     assert curve.steps == list(range(1, 41))
     assert curve.values == [5.0] * 20 + [4.0] * 20
+
+
+def write_events(folder: Path, second: int, steps: range, value: float) -> None:
+    board = SummaryWriter(str(folder))
+    for step in steps:
+        board.add_scalar("train/loss", value, step)
+    board.close()
+    (file,) = folder.iterdir()
+    file.rename(folder / f"events.out.tfevents.{1795364600 + second}.host.1.0")
+
+
+def test_folders_of_a_resumed_run_are_one_curve_and_folders_of_two_runs_are_refused(tmp_path: Path) -> None:
+    write_events(tmp_path / "runs" / "b_first", 1, range(1, 31), 5.0)
+    write_events(tmp_path / "runs" / "a_second", 2, range(21, 41), 4.0)
+    curve = read_run(tmp_path)["train/loss"]
+    assert curve.steps == list(range(1, 41)) and curve.values == [5.0] * 20 + [4.0] * 20
+    write_events(tmp_path / "runs" / "other", 3, range(1, 31), 5.0)
+    with pytest.raises(UserError, match=r"events of 3 runs \(runs/b_first, runs/a_second, runs/other\)"):
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import pytest
 
 from llama.compare.statistics import (
     Estimate,
-    Series,
     autocorrelation_time,
     mean,
     noise,
@@ -15,17 +14,7 @@ from llama.compare.statistics import (
     smooth,
     t_quantile,
 )
-
-
-def wandering(points: int, memory: float, seed: int) -> Series:
-    """A series of variance 1 in which each point keeps `memory` of the one before (AR(1))."""
-    random = np.random.default_rng(seed)
-    shocks = random.normal(size=points) * np.sqrt(1 - memory**2)
-    out = np.empty(points)
-    out[0] = random.normal()
-    for i in range(1, points):
-        out[i] = memory * out[i - 1] + shocks[i]
-    return out
+from tests.unit.llama.compare.series import wandering
 
 
 @pytest.mark.parametrize("memory", [0.0, 0.5, 0.9])
