@@ -310,6 +310,7 @@ class Trainer:
         if self.sampler is not None:
             self.metrics.samples(step, self.sampler.run(what))
         self.validation_seconds = time.perf_counter() - started
+        self.watchdog.beat(f"step {step + 1}")
         self.metrics.restart_clock()
         return found.whole.loss
 

@@ -107,6 +107,22 @@ def test_the_newest_complete_checkpoint_is_exported(herd: Herd, run: Path, tmp_p
     assert not torch.equal(new["model.norm.weight"].float(), old["model.norm.weight"].bfloat16().float())
 
 
+def test_the_best_checkpoint_is_the_one_that_the_newest_names(herd: Herd, run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    newest = folder / "checkpoints/step-00000020" / MANIFEST
+    manifest = json.loads(newest.read_text())
+    for state, code, said in (
+        ({}, 2, "has not validated yet"),
+        ({"best_step": 10, "best_loss": 1.5}, 0, "step-00000010 -> "),
+        ({"best_step": 15, "best_loss": 1.5}, 2, "checkpoint.keep_best=true"),
+    ):
+        newest.write_text(json.dumps(manifest | {"state": state}))
+        found, out, error = herd("export", folder, "--to", tmp_path / "out", "--step", "best")
+        assert found == code and said in out + error and (out + error).count("\n") == 1
+    code, _, error = herd("export", folder, "--to", tmp_path / "x", "--step", "bets")
+    assert code == 2 and "bets" in error
+
+
 def test_the_export_loads_in_transformers_with_its_tokenizer(
     herd: Herd, run: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
