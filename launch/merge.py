@@ -75,7 +75,7 @@ def command(base: Path, adapter: Path, to: Path, dtype: str | None, check: bool,
     from llama.hf.weights import find_tensors
     from llama.recipe import load
 
-    began = time.monotonic()
+    began, given, run = time.monotonic(), base, adapter
     with tempfile.TemporaryDirectory(prefix="herd-merge-") as folder:
         if (adapter / "recipe.yaml").is_file():
             adapter = _exported(adapter, Path(folder) / "adapter")
@@ -92,7 +92,7 @@ def command(base: Path, adapter: Path, to: Path, dtype: str | None, check: bool,
         stored = find_tensors(base)[hf.hf_name("layers.0.attention.q.weight")].dtype
         kind = dtype or {"BF16": "bfloat16", "F16": "float16"}.get(stored, "float32")
         read, read_adapter = hf.checkpoint_reader(base, recipe.model), hf.adapter_reader(adapter, recipe)
-        merge(recipe, read, read_adapter, to, kind, tokenizer, overwrite)
+        merge(recipe, read, read_adapter, to, kind, tokenizer, overwrite, _card(recipe, given, run))
         size = sum(path.stat().st_size for path in to.glob("*.safetensors"))
         click.echo(f"{base} + {adapter} -> {to}: {size / 1e6:,.1f} MB in {kind}, {time.monotonic() - began:.1f} s")
         if check:
@@ -104,6 +104,17 @@ def command(base: Path, adapter: Path, to: Path, dtype: str | None, check: bool,
             )
             if found.difference > max(0.5 * found.effect, 0.02 * found.size):
                 raise UserError(f"{to}: the merged model computes something else than base and adapter; do not use it")
+
+
+def _card(recipe: Recipe, base: Path, adapter: Path) -> str:
+    """The model card: what the adapter's run tells, or its own card."""
+    from llama.hf.card import CARD, describe, training_of
+    from llama.recipe import load
+    from llama.run_folder import complete
+
+    if (adapter / "recipe.yaml").is_file():
+        return describe(load(str(adapter / "recipe.yaml")), "merged", complete(adapter)[-1], base)
+    return describe(recipe, "merged", None, base, training_of(adapter / CARD))
 
 
 def _exported(run: Path, to: Path) -> Path:

@@ -136,9 +136,12 @@ def parameters(recipe: Recipe) -> tuple[int, int]:
     """How many are trained, and all."""
     import torch
 
+    from llama.freeze import counts
     from llama.model.llama import count_parameters
     from llama.parallel.adapters import adapter_shapes
 
+    if recipe.train.freeze:
+        return counts(recipe.train.freeze, recipe.model)
     base = count_parameters(recipe.model)[0]
     adapters = sum(torch.Size(shape).numel() for shape in adapter_shapes(recipe).values())
     return (adapters, base + adapters) if recipe.lora.rank else (base, base)

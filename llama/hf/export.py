@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from data_prep.errors import UserError
 from data_prep.tokenizers import HF_FILES, load_tokenizer
 from llama.config import Model, Recipe
+from llama.hf.card import describe, write_card
 from llama.hf.config import config_json, read_json
 from llama.hf.weights import DTYPES, hf_name, parameter_shapes, some
 from llama.model.llama import Llama
@@ -261,8 +262,9 @@ def write_directory(
     add_bos: bool,
     overwrite: bool,
     max_shard_size: int,
+    card: str | None = None,
 ) -> None:
-    """The whole directory, from a reader of our parameters."""
+    """The whole directory, from a reader of our parameters; with a model card where there is one."""
     if getattr(torch, dtype, None) not in SAFETENSORS:
         raise UserError(f"dtype {dtype!r}: weights are written as bfloat16, float16 or float32", 2)
     kind: torch.dtype = getattr(torch, dtype)
@@ -276,6 +278,8 @@ def write_directory(
         write_json(aside / "generation_config.json", {"_from_model_config": True} | ids)
         if tokenizer is not None:
             write_tokenizer(tokenizer, aside, add_bos)
+        if card is not None:
+            write_card(aside, card, to)
         _write_weights(aside, config, read, kind, max_shard_size)
 
 
@@ -305,7 +309,8 @@ def export(
     config = recipe.model if isinstance(recipe, Recipe) else recipe
     read = open_checkpoint(Path(checkpoint), parameter_shapes(config))
     source = None if tokenizer is None else Path(tokenizer)
-    write_directory(Path(to), config, read, dtype, source, add_bos, overwrite, max_shard_size)
+    card = describe(recipe, "model", Path(checkpoint)) if isinstance(recipe, Recipe) else None
+    write_directory(Path(to), config, read, dtype, source, add_bos, overwrite, max_shard_size, card)
 
 
 def save_model(

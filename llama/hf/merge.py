@@ -55,13 +55,20 @@ def whole_reader(model: Model, read: Read) -> Callable[[str], torch.Tensor]:
 
 
 def merge(
-    recipe: Recipe, base: Read, adapter: Read, to: Path, dtype: str, tokenizer: Path | None, overwrite: bool
+    recipe: Recipe,
+    base: Read,
+    adapter: Read,
+    to: Path,
+    dtype: str,
+    tokenizer: Path | None,
+    overwrite: bool,
+    card: str | None = None,
 ) -> None:
     """Write `to`, a Hugging Face directory of base and adapters in one. Memory: one matrix in fp32. Raises UserError."""
     from llama.hf.export import MAX_SHARD_SIZE
 
     read = whole_reader(recipe.model, merged_reader(recipe, base, adapter))
-    write_directory(to, recipe.model, read, dtype, tokenizer, True, overwrite, MAX_SHARD_SIZE)
+    write_directory(to, recipe.model, read, dtype, tokenizer, True, overwrite, MAX_SHARD_SIZE, card)
 
 
 class Check(NamedTuple):

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from data_prep.errors import UserError
 from llama.config import Lora, Recipe
+from llama.hf.card import describe, write_card
 from llama.hf.config import read_json
 from llama.hf.export import open_checkpoint, sync_file, whole_directory, write_json, write_tokenizer
 from llama.hf.weights import DTYPES, checkpoint_reader, read_header, some
@@ -168,6 +169,7 @@ def export_adapter(
         write_adapter(aside / WEIGHTS, tensors)
         if tokenizer is not None:
             write_tokenizer(Path(tokenizer), aside, add_bos=True)
+        write_card(aside, describe(recipe, "adapter", Path(checkpoint)), target)
 
 
 def write_adapter(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
