@@ -27,7 +27,6 @@ NAMES = {
         "gradient_norm", "grad_norm", "grad-norm", "train/grad_norm", "global_norm",
     ),
     "parameter norm": ("parameter_norm", "params-norm", "param_norm"),
-    "validation loss": ("val_loss", "lm loss validation", "eval/loss", "validation_metrics/loss"),
     "samples": ("consumed_samples",),
     "tokens": ("consumed_tokens", "train/num_input_tokens_seen", "n_tokens_seen"),
 }  # fmt: skip
@@ -49,7 +48,9 @@ def read_run(run: Path) -> dict[str, Curve]:
     if run.suffix in (".json", ".csv") and run.is_file():
         return _read_text(run)
     folders = [run] if run.is_file() else _folders_of_events(run)
-    parts = [_read_events(folder) for folder in folders]
+    read = {folder: _read_events(folder) for folder in folders}
+    folders = [folder for folder in folders if read[folder]]  # some hold hyperparameters alone
+    parts = [read[folder] for folder in folders]
     starts = [min((curve.steps[0] for curve in part.values() if curve.steps), default=0) for part in parts]
     if any(later <= earlier for earlier, later in itertools.pairwise(starts)):
         found = ", ".join(str(folder.relative_to(run)) for folder in folders[:5])

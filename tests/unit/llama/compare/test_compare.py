@@ -247,6 +247,9 @@ def write_events(folder: Path, second: int, steps: range, value: float) -> None:
 def test_folders_of_a_resumed_run_are_one_curve_and_folders_of_two_runs_are_refused(tmp_path: Path) -> None:
     write_events(tmp_path / "runs" / "b_first", 1, range(1, 31), 5.0)
     write_events(tmp_path / "runs" / "a_second", 2, range(21, 41), 4.0)
+    board = SummaryWriter(str(tmp_path / "runs" / "hyperparameters"))
+    board.add_text("lr", "1e-3")
+    board.close()
     curve = read_run(tmp_path)["train/loss"]
     assert curve.steps == list(range(1, 41)) and curve.values == [5.0] * 20 + [4.0] * 20
     write_events(tmp_path / "runs" / "other", 3, range(1, 31), 5.0)
