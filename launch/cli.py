@@ -37,6 +37,10 @@ VERBS = {
         "launch.resume",
         "Submit a run again, on other nodes if asked: herd resume runs/llama2_7b_gpu --nodes 8",
     ),
+    "doctor": (
+        "launch.doctor",
+        "What this machine or allocation is, and is it fit: herd doctor, or herd doctor --nodes 4",
+    ),
     "lab": ("launch.lab", "A real Slurm of virtual nodes on this machine, to try sbatch at home: herd lab up"),
     "compare": (
         "launch.compare",
