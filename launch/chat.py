@@ -169,7 +169,7 @@ def _export(run: Path, to: Path) -> Path:
     from launch.export import command as export
 
     with contextlib.redirect_stdout(sys.stderr):
-        export.main([str(run), "--to", str(to)], standalone_mode=False)
+        export.main([str(run), "--to", str(to), "--no-mlflow"], standalone_mode=False)
     return to
 
 

@@ -96,6 +96,10 @@ def _tokenizer(recipe: Recipe, given: str | None) -> tuple[Path | None, bool]:
 @click.option(
     "--verify/--no-verify", default=None, help="Compare checksums first. [default: the recipe's checkpoint.verify]"
 )
+@click.option(
+    "--mlflow/--no-mlflow", default=True, show_default=True,
+    help="Add the model card, and an adapter, to the run's artifacts where MLflow recorded it.",
+)  # fmt: skip
 def command(
     run: Path,
     to: Path,
@@ -104,6 +108,7 @@ def command(
     tokenizer: str | None,
     overwrite: bool,
     verify: bool | None,
+    mlflow: bool,
 ) -> None:
     """Write a checkpoint of RUN as a directory that transformers, vLLM and others load.
 
@@ -119,6 +124,7 @@ def command(
     from llama import hf
     from llama.checkpoint_format import damage
     from llama.recipe import load
+    from llama.run_folder import RunFolder
 
     recipe = load(str(run / "recipe.yaml"))
     checkpoint = _checkpoint(run, step)
@@ -139,3 +145,9 @@ def command(
         f"{checkpoint.name} -> {to}: {what}{size / 1e6:,.1f} MB in {dtype}, {time.monotonic() - began:.1f} s"
         + ("" if source else "; without a tokenizer, none is known for this run")
     )
+    if mlflow:
+        from llama.train.mlflow_run import log_files
+
+        names = ["README.md", *(["adapter_config.json", "adapter_model.safetensors"] if recipe.lora.rank else [])]
+        if trouble := log_files(RunFolder(run), [to / name for name in names], f"export/{checkpoint.name}"):
+            click.echo(f"herd: warning: the card is not among the run's artifacts: {trouble}", err=True)

@@ -121,5 +121,5 @@ def _exported(run: Path, to: Path) -> Path:
     """A run's newest checkpoint as a directory of Hugging Face or of PEFT."""
     from launch.export import command as export
 
-    export.main([str(run), "--to", str(to), "--dtype", "float32"], standalone_mode=False)
+    export.main([str(run), "--to", str(to), "--dtype", "float32", "--no-mlflow"], standalone_mode=False)
     return to

@@ -53,11 +53,11 @@ class Row:
     """Of the best validation."""
     best_step: int | None = None
     scores: dict[str, float] = field(default_factory=dict)
-    """Other figures of the last validation, such as accuracy."""
+    """Other figures of the last validation, such as accuracy and the baseline's; loss/NAME is a source's."""
 
     @property
     def accuracy(self) -> float | None:
-        return next((value for name, value in self.scores.items() if name.endswith("accuracy")), None)
+        return self.scores.get("accuracy")
 
 
 def row(name: str, chosen: dict[str, str], recipe: Recipe) -> Row:
@@ -71,11 +71,12 @@ def row(name: str, chosen: dict[str, str], recipe: Recipe) -> Row:
     )  # fmt: skip
     events = list(run.history())
     status = read_json(run.status)
-    losses = [(event["step"], event["loss"]) for event in events if event["event"] == "validation"]
+    validations = [event for event in events if event["event"] == "validation"]
+    losses = [(event["step"], event["loss"]) for event in validations]
     finite = [(loss, step) for step, loss in losses if isinstance(loss, float) and math.isfinite(loss)]
     known |= dict(state=state_of(run, recipe), step=status.get("step", 0), seconds=seconds(events))
     if losses:
-        known |= dict(val_step=losses[-1][0], val_loss=losses[-1][1])
+        known |= dict(val_step=losses[-1][0], val_loss=losses[-1][1], scores=scores_of(validations[-1]))
     if finite:
         known |= dict(best_loss=min(finite)[0], best_step=min(finite)[1])
     return Row(**known, **_curves(run))
@@ -102,6 +103,14 @@ def state_of(run: RunFolder, recipe: Recipe) -> str:
     return f"step {step} of {recipe.train.steps}"
 
 
+def scores_of(validation: dict[str, Any]) -> dict[str, float]:
+    """Figures of a validation besides its loss, and those of each source."""
+    found = {key: validation.get(key) for key in ("accuracy", "baseline")}
+    for source, figures in (validation.get("sources") or {}).items():
+        found |= {f"{key}/{source}": value for key, value in figures.items()}
+    return {key: value for key, value in found.items() if isinstance(value, float)}
+
+
 def seconds(events: Sequence[dict[str, Any]]) -> float:
     """From start to the last sign of each attempt."""
     total, began, last = 0.0, None, 0.0
@@ -116,20 +125,15 @@ def seconds(events: Sequence[dict[str, Any]]) -> float:
 
 def _curves(run: RunFolder) -> dict[str, Any]:
     """What only TensorBoard's points hold; empty where there are none."""
-    from launch.plot import LOSS, VALIDATION, read_scalars
+    from launch.plot import LOSS, read_scalars
 
     try:
         curves = read_scalars(run.path)
     except UserError:
         return {}
     last = curves[LOSS].values[-max(1, len(curves[LOSS].values) // 10) :]
-    scores = {
-        tag: curve.values[-1]
-        for tag, curve in curves.items()
-        if tag.startswith("val") and tag not in (VALIDATION, "val_perplexity")
-    }
     memory = curves["memory_peak"].values if "memory_peak" in curves else []
-    return dict(train_loss=sum(last) / len(last), memory=max(memory, default=None), scores=scores)
+    return dict(train_loss=sum(last) / len(last), memory=max(memory, default=None))
 
 
 def parameters(recipe: Recipe) -> tuple[int, int]:
@@ -200,6 +204,8 @@ def markdown(rows: Sequence[Row]) -> str:
     ]
     if any(row.accuracy is not None for row in rows):
         columns.append(("accuracy", [_number(row.accuracy, ".1%") for row in rows]))
+    if any("baseline" in row.scores for row in rows):
+        columns.append(("same answer", [_number(row.scores.get("baseline"), ".1%") for row in rows]))
     if any(row.val_loss is not None for row in rows):
         columns += [
             ("val. loss", [_number(row.val_loss, ".4f") for row in rows]),

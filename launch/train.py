@@ -115,6 +115,10 @@ def check_inputs(recipe: Recipe) -> None:
         from llama import hf
 
         hf.adapter_reader(recipe.lora.init_from, recipe)
+    if recipe.log.mlflow:
+        from llama.train.mlflow_run import tracking_uri
+
+        tracking_uri(recipe.log.mlflow)
     folder = Path(recipe.folder)
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):

@@ -171,7 +171,7 @@ def test_table_alone_trains_nothing(herd: Call) -> None:
 
 def test_rows_are_sorted_by_what_all_finished_points_know() -> None:
     def row(name: str, state: str = "finished", accuracy: float | None = None, **figures: Any) -> sweep_table.Row:
-        scores = {} if accuracy is None else {"val_accuracy": accuracy}
+        scores = {} if accuracy is None else {"accuracy": accuracy}
         return sweep_table.Row(name, "r", state, {}, 8, "q", 16, 1, 2, scores=scores, **figures)
 
     rows = [row("a", val_loss=2.0, accuracy=0.5), row("b", val_loss=1.0, accuracy=0.4)]
@@ -184,6 +184,17 @@ def test_rows_are_sorted_by_what_all_finished_points_know() -> None:
     ]
     assert [r.name for r in sweep_table.order(rows)[0]] == ["c", "a", "b", "d"]
     assert sweep_table.order([row("a", train_loss=3.0), row("b", train_loss=2.0)])[1] == "training loss"
+
+
+def test_figures_of_sources_and_accuracy_come_from_the_last_validation() -> None:
+    event = {
+        "step": 5,
+        "loss": 1.0,
+        "accuracy": 0.5,
+        "baseline": None,
+        "sources": {"web": {"loss": 2.0, "accuracy": None}},
+    }
+    assert sweep_table.scores_of(event) == {"accuracy": 0.5, "loss/web": 2.0}
 
 
 def test_time_is_that_of_all_attempts() -> None:
