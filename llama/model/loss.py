@@ -16,7 +16,8 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100
 """Label of a token that is not trained."""
 Note = tuple[torch.Tensor, torch.Tensor]
-"""Of a chunk of tokens: loss in nats, 0 where not trained, and the id that is likeliest, the first of equals; (N,)."""
+"""Of a chunk of tokens: loss in nats, 0 where not trained, and the id that is likeliest, the first of equals; (N,).
+Untrained tokens that are skipped are left out."""
 
 
 class Vocabulary:
@@ -86,7 +87,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight, grad_narrow, grad_last, grad_ratio = grads
         total = torch.zeros(1, dtype=wide, device=hidden.device)
         padding = max(0, vocabulary.first_row + rows - vocab_size)  # rows past the tokenizer's ids are never predicted
-        for part in _chunks(labels, chunk, skip_untrained and vocabulary.notes is None):
+        for part in _chunks(labels, chunk, skip_untrained):
             h, label, n = hidden[part], labels[part], None
             logits = h @ weight.t()
             if narrow is not None and last is not None:

@@ -174,8 +174,8 @@ class Evaluator:
 
 
 def noted(model: ParallelLlama, batches: Sequence[Batch]) -> Note | None:
-    """Loss and likeliest id of each token of the batches, each (tokens,), rows end to end; None on a rank without the
-    output. Nothing is kept for backward. Collective."""
+    """Loss and likeliest id of each token of the batches that has a label, (tokens,) both, rows end to end; of others 0
+    and any id. None on a rank without the output. Nothing is kept for backward. Collective."""
     notes: list[Note] = []
     heads = [part.head for part in model.parts if part.head is not None]
     for head in heads:
@@ -187,8 +187,14 @@ def noted(model: ParallelLlama, batches: Sequence[Batch]) -> Note | None:
             head.vocabulary.notes = None
     if not heads:
         return None
-    losses, likeliest = zip(*notes, strict=True)
-    return torch.cat(losses), torch.cat(likeliest)
+    trained = torch.cat([batch.labels.flatten() for batch in batches]) != IGNORED
+    if sum(len(losses) for losses, _ in notes) == len(trained):
+        return torch.cat([losses for losses, _ in notes]), torch.cat([ids for _, ids in notes])
+    losses, likeliest = torch.zeros(len(trained), device=trained.device), torch.zeros_like(trained, dtype=torch.int64)
+    if notes:  # of labelled tokens alone: see Head.skip_untrained
+        losses[trained] = torch.cat([chunk for chunk, _ in notes]).to(losses.dtype)
+        likeliest[trained] = torch.cat([ids for _, ids in notes])
+    return losses, likeliest
 
 
 class Answers(NamedTuple):

@@ -131,12 +131,14 @@ class Sampler:
             length = min(length, -(-max(map(len, texts)) // unit) * unit)
         count = self.model.mesh.layout.accumulation if piped else -(-len(texts) // train.micro_batch_size)
         tokens = torch.zeros(count * train.micro_batch_size, length, dtype=torch.int64)
-        for row, text in zip(tokens, texts, strict=False):
+        labels = torch.full_like(tokens, IGNORED)
+        for row, label, text in zip(tokens, labels, texts, strict=False):
             row[: len(text)] = torch.tensor(text)
+            label[len(text) - 1] = 0  # any: what follows is asked for here alone
         positions = torch.arange(length, dtype=torch.int32).repeat(len(tokens), 1)
-        parts = (tokens, torch.full_like(tokens, IGNORED), positions, torch.zeros_like(positions))
+        parts = (tokens, labels, positions, torch.zeros_like(positions))
         split = zip(*(part.split(train.micro_batch_size) for part in parts), strict=True)
-        return [Batch(t, labels, at, documents, cursor=0) for t, labels, at, documents in split]
+        return [Batch(ids, wanted, at, documents, cursor=0) for ids, wanted, at, documents in split]
 
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:

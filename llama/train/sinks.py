@@ -33,8 +33,9 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int, say: Say):
         from torch.utils.tensorboard import SummaryWriter
 
-        # Points after the step resumed from belong to a part that was lost: this hides them.
-        self.board: Any = SummaryWriter(str(folder), purge_step=first_step + 1, flush_secs=10)
+        # Points after the step resumed from belong to a part that was lost: this hides them. Step 0 is a validation's
+        # before a fresh run, which an attempt that saved nothing may have made too.
+        self.board: Any = SummaryWriter(str(folder), purge_step=first_step and first_step + 1, flush_secs=10)
         self.say = say
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
