@@ -85,7 +85,7 @@ def _meant(pattern: str, model: Model, names: list[str]) -> set[str]:
         hint = f"did you mean {near[0]}? " if near else ""
         raise ValueError(
             f"train.freeze: {pattern!r} names no weight; {hint}take embed_tokens, norms, lm_head, attention, mlp, q, …, "
-            f"layers.0-3, layers.0-3.mlp, or a pattern that matches names such as {hf_name(names[2])}"
+            f"layers.0-3, layers.0-3.mlp, or a pattern that matches names such as {hf_name(names[3])}"
         )
     return hits
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from llama.config import Recipe
 from llama.device import Device, measure_flops
-from llama.model.llama import flops_per_token
+from llama.flops import trained_flops_per_token
 from llama.train.evaluate import Evaluation
 from llama.train.evaluate_samples import Sample
 from llama.train.journal import Journal
@@ -143,7 +143,7 @@ class Metrics:
         if parameter_norm is not None:
             values["parameter_norm"] = parameter_norm
         for name, causal in (("mfu_full", False), ("mfu_causal", True)):
-            values[name] = tokens * flops_per_token(r.model, r.data.seq_length, causal) / self.peak
+            values[name] = tokens * trained_flops_per_token(r, causal) / self.peak
         self.scalars(report.step, values)
         left = (r.train.steps - report.step) * step_time
         self.journal.status(
@@ -167,19 +167,19 @@ class Metrics:
 
     def validation(self, step: int, found: Evaluation) -> None:
         """Record what held-out samples say: of all, then of each source."""
-        best = found.baseline
-        beside = f" (always the same answer: {best.accuracy:.1%})" if best is not None else ""
+        same = found.baseline
+        beside = f" (always the same answer: {same.accuracy:.1%})" if same is not None else ""
         self.say(f"step {step}: validation {found.whole.in_words()}{beside}, {found.seconds:.1f} s")
         for name, figures in found.sources.items():
             self.say(f"step {step}: validation on {name}: {figures.in_words()}")
-        points = found.whole.points() | {"baseline": best.accuracy if best is not None else None}
+        points = found.whole.points() | ({} if same is None else {"baseline": same.accuracy})
         sources = {name: figures.points() for name, figures in found.sources.items()}
-        named = {f"val_{key}": value for key, value in points.items()}
-        named |= {f"val_{key}/{name}": value for name, of in sources.items() for key, value in of.items()}
-        self.scalars(step, {name: value for name, value in named.items() if value is not None})
-        self.journal.validation_loss = found.whole.loss
-        answers = round(found.whole.answers) or None
-        self.journal.event("validation", step=step, **points, answers=answers, sources=sources or None)
+        of_source = {f"val_{key}/{name}": value for name, of in sources.items() for key, value in of.items()}
+        self.scalars(step, {f"val_{key}": value for key, value in points.items()} | of_source)
+        counts = {"answers": round(found.whole.answers)} if found.whole.answers else {}
+        told = {name: {key: round(value, 6) for key, value in of.items()} for name, of in sources.items()}
+        self.journal.event("validation", step=step, **points, **counts, **({"sources": told} if told else {}))
+        self.journal.validated(found.whole.loss)
 
     def best(self, step: int, loss: float) -> None:
         """Record that this validation is the best so far."""
