@@ -51,9 +51,10 @@ class Figures:
     def accuracy(self) -> float | None:
         return self.right / self.answers if self.answers else None
 
-    def points(self) -> dict[str, float | None]:
+    def points(self) -> dict[str, float]:
         """The figures by name."""
-        return {"loss": self.loss, "perplexity": self.perplexity, "accuracy": self.accuracy}
+        found = {"loss": self.loss, "perplexity": self.perplexity}
+        return found if self.accuracy is None else found | {"accuracy": self.accuracy}
 
     def in_words(self) -> str:
         right = f", accuracy {self.right / self.answers:.1%} of {self.answers:.0f} answers" if self.answers else ""

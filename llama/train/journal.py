@@ -21,6 +21,7 @@ class Journal:
         self.run, self.attempt, self.writes = run, attempt, writes
         self.written = 0.0
         self.validation_loss: float | None = None
+        self.figures: dict[str, Any] = {}
 
     def event(self, event: str, **facts: Any) -> None:
         """Add an event, such as save or skip, to events.jsonl."""
@@ -39,8 +40,15 @@ class Journal:
 
     def status(self, last: bool = False, **figures: Any) -> None:
         """Replace the newest figures; not more often than every PAUSE seconds but for the last."""
+        self.figures = figures
         if self.writes and (last or time.monotonic() - self.written > PAUSE):
             self.written = time.monotonic()
             facts = {"time": now(), "epoch": time.time(), "attempt": self.attempt, **figures}
             with contextlib.suppress(OSError):
                 write_json(self.run.status, facts | {"validation_loss": self.validation_loss}, sync=False)
+
+    def validated(self, loss: float) -> None:
+        """Put a validation's loss among the newest figures; the last one comes after the last step."""
+        self.validation_loss = loss
+        if self.figures:
+            self.status(last=True, **self.figures)
