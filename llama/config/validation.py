@@ -19,7 +19,8 @@ class Validation(Section):
     at_start: bool = False
     """Validate before the first step too: what the model can do that training starts from."""
     accuracy: bool = False
-    """Of conversations, also count the last answers that the model would give word for word."""
+    """Of conversations, also count the last answers that the model would give word for word (of each part, where
+    chat.truncation=split makes several)."""
     samples: NonNegative = 0
     """Held-out conversations whose last answer is generated, greedily, at each validation and shown."""
     prompts: tuple[str, ...] = ()
