@@ -25,7 +25,7 @@ class _Words(click.Command):
 @click.command(cls=_Words, short_help="Runs over a grid of values, and their comparison.")
 @click.argument("recipe")
 @click.argument("words", nargs=-1, metavar="[KEY=V1,V2 | KEY=VALUE]... [-- KEY=VALUE...]")
-@click.option("--name", help="Folder of the sweep in runs/. [default: RECIPE-sweep]")
+@click.option("--name", help="Folder of the sweep in runs/, or a path. [default: RECIPE-sweep]")
 @click.option("--processes", "-n", type=click.IntRange(1), help="Of each run; as herd train has it when not given.")
 @click.option("--random", "sample", type=click.IntRange(1), help="Train so many points of the grid, drawn by --seed.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")

@@ -164,20 +164,19 @@ def bits(recipe: Recipe) -> float:
 def order(rows: Sequence[Row]) -> tuple[list[Row], str]:
     """The best first, and what by: accuracy where all have one, else validation loss, else training loss.
 
-    Points that are not finished come last.
+    Points that are alike in that go by the next; those that are not finished come last.
     """
-
-    def by(measure: str) -> list[Row]:
-        sign = -1 if measure == "accuracy" else 1
-        found = {row.name: getattr(row, measure) for row in rows}
-        worst = {name: math.inf if v is None or not math.isfinite(v) else sign * v for name, v in found.items()}
-        return sorted(rows, key=lambda row: (row.state != DONE, worst[row.name]))
-
     done = [row for row in rows if row.state == DONE]
-    for measure in ("accuracy", "val_loss"):
-        if done and all(getattr(row, measure) is not None for row in done):
-            return by(measure), measure.replace("val_loss", "validation loss")
-    return by("train_loss"), "training loss"
+    measures = ("accuracy", "val_loss", "train_loss")
+    known = [m for m in measures if done and all(getattr(row, m) is not None for row in done)] or ["train_loss"]
+
+    def badness(row: Row) -> tuple[float, ...]:
+        found = [(math.inf if (value := getattr(row, m)) is None else value, m) for m in known]
+        signed = [-value if m == "accuracy" else value for value, m in found]
+        return (float(row.state != DONE), *(value if math.isfinite(value) else math.inf for value in signed))
+
+    words = {"accuracy": "accuracy", "val_loss": "validation loss", "train_loss": "training loss"}
+    return sorted(rows, key=badness), words[known[0]]
 
 
 def take(row: Row, recipe: Recipe) -> list[str]:
@@ -222,7 +221,7 @@ def markdown(rows: Sequence[Row]) -> str:
     if any(row.state != DONE for row in rows):
         columns.append(("state", [row.state.replace("|", "/") for row in rows]))
     right = {"point", "targets", "state", *keys}
-    widths = [max(len(title), *map(len, cells)) for title, cells in columns]
+    widths = [max(3, len(title), *map(len, cells)) for title, cells in columns]  # a rule takes three dashes
 
     def line(cells: Sequence[str]) -> str:
         padded = [

@@ -183,6 +183,9 @@ def test_rows_are_sorted_by_what_all_finished_points_know() -> None:
         row("d", "step 3 of 9", val_loss=0.1),
     ]
     assert [r.name for r in sweep_table.order(rows)[0]] == ["c", "a", "b", "d"]
+    rows = [row("a", val_loss=2.0, accuracy=0.5), row("b", val_loss=1.0, accuracy=0.5)]
+    assert [r.name for r in sweep_table.order(rows)[0]] == ["b", "a"]
+    assert "| --: |" in sweep_table.markdown(rows)
     assert sweep_table.order([row("a", train_loss=3.0), row("b", train_loss=2.0)])[1] == "training loss"
 
 
