@@ -39,9 +39,9 @@ def _levels(device: torch.device) -> torch.Tensor:
 
 @cache
 def _pairs(device: torch.device) -> torch.Tensor:
-    """(256, 2): the two weights of a byte, before scaling."""
+    """(256,): the two fp32 weights of a byte, before scaling, as 64 bits: one look-up gives both."""
     levels = _levels(device)
-    return torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)
+    return torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1).view(torch.int64).flatten()
 
 
 @cache
@@ -72,8 +72,13 @@ def quantize_nf4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def dequantize_nf4(packed: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The weights (out, in) that bytes and fp32 scales stand for."""
     out, half = packed.shape
-    weight = nn.functional.embedding(packed.int(), _pairs(packed.device)).view(out, 2 * half // BLOCK, BLOCK)
-    return (weight * absmax[..., None]).view(out, 2 * half).to(dtype)
+    weight = _pairs(packed.device).index_select(0, packed.flatten().int()).view(torch.float32)
+    return _scaled(weight.view(out, 2 * half // BLOCK, BLOCK), absmax[..., None], dtype).view(out, 2 * half)
+
+
+def _scaled(weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`weight` · `scale` in fp32, rounded to `dtype` on the way out: no fp32 matrix is written."""
+    return torch.mul(weight, scale, out=torch.empty(weight.shape, dtype=dtype, device=weight.device))
 
 
 def compress_scales(absmax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -107,7 +112,7 @@ def quantize_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def dequantize_int8(packed: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The weights (out, in) that int8 and scales (out,) stand for."""
-    return (packed * (absmax * (1 / 127))[:, None]).to(dtype)
+    return _scaled(packed, (absmax * (1 / 127))[:, None], dtype)
 
 
 class _Product(torch.autograd.Function):
