@@ -32,11 +32,25 @@ START_SECONDS = 300.0
     "--run-dir", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Where runs go."
 )
 @click.option("--quick", is_flag=True, help="Measure nothing and do not load torch: a second instead of ten.")
+@click.option(
+    "--acceptance", is_flag=True, help="Also train on this accelerator and on the CPU, compare, and write a report."
+)
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    default=Path("acceptance"),
+    show_default=True,
+    help="Folder of that report.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Everything that was found, for a script.")
-def command(nodes: int | None, partition: str | None, run_dir: Path, quick: bool, as_json: bool) -> None:
+def command(
+    nodes: int | None, partition: str | None, run_dir: Path, quick: bool, acceptance: bool, to: Path, as_json: bool
+) -> None:
     """What this machine or allocation is, and whether it is fit: versions, devices, limits, disks, speeds.
 
     Inside a Slurm job of several nodes, or with --nodes, it looks at all of them at once and names the odd one out.
+    With --acceptance it trains a small model on this machine's accelerator in the ways that a cluster would use it, compares
+    the curves with the CPU's, and writes a report to attach to an issue; the same command goes on where it was stopped.
     Exit code 0: fit; 1: something is bad.
     """
     folders = [("run folder", run_dir.absolute()), ("temporary folder", Path(os.environ.get("TMPDIR", "/tmp")))]
@@ -44,7 +58,12 @@ def command(nodes: int | None, partition: str | None, run_dir: Path, quick: bool
         folders.append(("compile cache", Path(cache).absolute()))
     if partition and not nodes:
         raise UserError("--partition goes with --nodes", 2)
-    several = nodes or (int(os.environ.get("SLURM_JOB_NUM_NODES", "1")) if "SLURM_STEP_ID" not in os.environ else 1)
+    if acceptance and (nodes or quick or as_json):
+        raise UserError(
+            "--acceptance is for one machine, and shows what it does; leave out --nodes, --quick and --json", 2
+        )
+    alone = acceptance or "SLURM_STEP_ID" in os.environ
+    several = nodes or (1 if alone else int(os.environ.get("SLURM_JOB_NUM_NODES", "1")))
     if nodes or several > 1:
         found, silent = over_nodes(several, partition, folders, quick)
     else:
@@ -59,8 +78,25 @@ def command(nodes: int | None, partition: str | None, run_dir: Path, quick: bool
         )
     else:
         show(found, findings)
-    if any(finding.level == "bad" for finding in findings):
+    failed = acceptance and accept(to, found, findings)
+    if failed or any(finding.level == "bad" for finding in findings):
         sys.exit(1)
+
+
+def accept(folder: Path, found: Sequence[NodeFacts], findings: Sequence[Finding]) -> bool:
+    """Train and compare on this machine; whether it failed."""
+    from launch.doctor.acceptance import run
+    from llama.device import find_device
+
+    device = find_device().type
+    count = len(os.sched_getaffinity(0)) if device == "cpu" else _devices(device)
+    return bool(run(folder, device, count, found[0], findings))
+
+
+def _devices(kind: str) -> int:
+    import torch
+
+    return int(torch.get_device_module(kind).device_count())
 
 
 def over_nodes(

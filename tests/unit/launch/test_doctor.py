@@ -12,8 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from launch.doctor import command, facts, read_answers
+from launch.doctor.acceptance import COMMON, Record, ways, write_report
 from launch.doctor.facts import Disk, NodeFacts, as_json, file_system, gather
 from launch.doctor.rules import Finding, judge
+from llama.recipe import lay_out, load
 
 SMI = """#!/bin/sh
 cat <<'END'
@@ -159,7 +161,45 @@ def test_the_command_says_it_and_exits_with_it(tmp_path: Path, monkeypatch: pyte
     shown = runner.invoke(command, told)
     assert shown.exit_code == 1 and "BAD  it burns\n      put it out\nnot fit" in shown.output
     monkeypatch.setenv("PATH", str(tmp_path))
-    for words in (["--nodes", "2"], ["--partition", "gpu"]):
+    for words in (["--nodes", "2"], ["--partition", "gpu"], ["--acceptance", "--quick"]):
         refused = runner.invoke(command, words)
         assert refused.exit_code == 1 and refused.exception is not None
         assert getattr(refused.exception, "code", None) == 2
+
+
+def test_an_acceptance_tries_each_way_that_the_device_has() -> None:
+    assert [way.name for way in ways("cuda", 1)] == ["fp32", "bf16_mixed", "bf16_sr", "compiled"]
+    names = [way.name for way in ways("neuron", 64)]
+    assert "tensor" in names and "fsdp" in names and "pipeline" not in names
+    for way in ways("cpu", 2):
+        recipe = load("demo", (*COMMON, *way.overrides))
+        assert lay_out(recipe, way.processes).world == way.processes
+
+
+def test_what_an_acceptance_did_is_not_done_again(tmp_path: Path) -> None:
+    first = Record(tmp_path / "steps.jsonl").do("help", ["plot", "--help"])
+    assert first["code"] == 0 and first["command"] == "herd plot --help"
+    again = Record(tmp_path / "steps.jsonl")
+    assert again.do("help", ["plot", "--help"]) == first  # a new time would not be equal
+    failed = again.do("help", ["plot", "nothing"], HERD_DEVICE="cpu")
+    assert (
+        failed["code"] == 2
+        and "nothing" in failed["said"]
+        and failed["command"].startswith("HERD_DEVICE=cpu herd")
+    )
+
+
+def test_its_report_has_the_verdicts_the_machine_and_the_commands(tmp_path: Path) -> None:
+    record = Record(tmp_path / "steps.jsonl")
+    record.done["fp32"] = {"command": "herd train demo", "code": 0}
+    result = {"way": "fp32", "processes": 1, "verdict": "pass", "text": "equal within 0.5 %", "seconds": 12.3}
+    write_report(tmp_path, "cuda", node("a"), [Finding("warning", "a", "it is warm", "cool it")], record, [result])
+    text = (tmp_path / "report.md").read_text()
+    for line in (
+        "| fp32 | 1 | **pass** | equal within 0.5 % | 12 |",
+        "- torch: 2.13.0",
+        "it is warm",
+        "herd train demo",
+    ):
+        assert line in text
+    assert json.loads((tmp_path / "report.json").read_text())["results"][0]["verdict"] == "pass"
