@@ -184,7 +184,7 @@ def decide(facts: Facts, limits: Resilience) -> Verdict:
     word = facts.words[0] if facts.words else None
     outcome = facts.end.get("outcome")
     if outcome == "finished":
-        return Verdict("done", "all steps are done")
+        return Verdict("done", facts.end.get("reason") or "all steps are done")
     if facts.stopped_by_user:
         return Verdict("stop", "herd stop was called")
     if facts.ending:

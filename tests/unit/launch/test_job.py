@@ -30,6 +30,10 @@ ENDS: dict[str, tuple[Facts, Verdict]] = {
         replace(KILLED, code=0, end={"outcome": "finished"}, words=[]),
         Verdict("done", "all steps are done"),
     ),
+    "an early end": (
+        replace(KILLED, code=0, end={"outcome": "finished", "reason": "no improvement"}, words=[]),
+        Verdict("done", "no improvement"),
+    ),
     "an end that could not be written": (
         replace(KILLED, code=0, words=[]),
         Verdict("done", "training ended without an error"),
