@@ -32,6 +32,7 @@ SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # waiting is done here, where it can be told and ended
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ALLOW_FILE_STORE": "true",  # who names a folder wants one, though MLflow would rather have a database
 }
 """Variables of MLflow, where the user has not set them."""
@@ -69,8 +70,9 @@ def without_password(text: str) -> str:
 
 
 def in_short(error: Exception) -> str:
-    """An error in one line without passwords."""
-    return without_password(" ".join(str(error).split()) or type(error).__name__)[:300]
+    """An error in one line without passwords; of errors in errors the innermost."""
+    text = " ".join(str(error).split()).rpartition("(Caused by ")[2] or type(error).__name__
+    return without_password(text)[:300]
 
 
 def flat(keys: Mapping[str, Any], before: str = "") -> dict[str, str]:

@@ -120,7 +120,9 @@ def test_a_server_that_is_away_costs_no_step_and_is_told_once_without_password(
     while not said:
         time.sleep(0.01)
     sink.close("finished")
-    assert "warning: MLflow at http://127.0.0.1:9: " in said[0] and "training goes on" in said[0]
+    assert (
+        "warning: MLflow at http://127.0.0.1:9: " in said[0] and "refused" in said[0] and "training goes on" in said[0]
+    )
     assert "lacks 1000 figures" in said[1] and len(said) == 2
     assert "secret" not in "".join(said) and not (tmp_path / "mlflow.json").exists()
 
