@@ -26,7 +26,9 @@ PREP = [
     "xxhash>=3.4",
     "pyarrow>=15",
 ]
+MLFLOW = ["mlflow-skinny>=3.17"]  # folders and servers; a database wants all of mlflow
 DEV = [
+    *MLFLOW,
     "pytest>=8",
     "pytest-timeout>=2.3",
     "hypothesis>=6.100",
@@ -52,6 +54,6 @@ setup(
     packages=find_namespace_packages(include=["launch*", "llama*", "data_prep*", "configs*", "slurm*"]),
     package_data={"configs": ["*.yaml"], "slurm": ["*"]},
     install_requires=TRAIN + PREP,
-    extras_require={"dev": DEV, "gpu": []},  # torch's own CUDA build is all a GPU needs; Trainium: docs/trainium.md
+    extras_require={"dev": DEV, "gpu": [], "mlflow": MLFLOW},  # torch's own CUDA build is all a GPU needs; Trainium: docs/trainium.md
     entry_points={"console_scripts": ["herd=launch.cli:main"]},
 )
