@@ -30,17 +30,12 @@ MIXED = {"train__freeze": "norms,attention,layers.3.mlp.down,lm_head"}
 TIED = {"train__freeze": "embed_tokens,model.layers.[02]..*", "model__tie_embeddings": True}
 # name -> (ranks, what changes in the recipe)
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "single": (1, LOW),
     "single_tied_remat": (1, {**TIED, "train__activation_checkpointing": "full"}),
-    "fsdp2_low": (2, LOW),
     "fsdp2_mixed": (2, MIXED),
-    "hsdp2x2": (4, {**MIXED, "parallel__replicate": 2}),
-    "fsdp2_compiled": (2, {**LOW, "train__compile": True}),
     "tp2": (2, {**MIXED, **TP, "parallel__sequence_parallel": False}),
     "sp2_tied": (2, {**TIED, **TP}),
     "sp2_fsdp2_low": (4, {**LOW, **TP}),
     "pp2_low": (2, {**LOW, **PP}),
-    "pp2_tied": (2, {**TIED, **PP}),
     "pp2_fsdp2_mixed": (4, {**MIXED, **PP}),
     "pp2_fsdp2_interleaved_low": (4, {**LOW, **PP, "parallel__pipeline_schedule": "interleaved_1f1b"}),
     "pp2_zero_bubble_mixed": (2, {**MIXED, **PP, "parallel__pipeline_schedule": "interleaved_zero_bubble"}),
