@@ -54,6 +54,10 @@ setup(
     packages=find_namespace_packages(include=["launch*", "llama*", "data_prep*", "configs*", "slurm*"]),
     package_data={"configs": ["*.yaml"], "slurm": ["*"]},
     install_requires=TRAIN + PREP,
-    extras_require={"dev": DEV, "gpu": [], "mlflow": MLFLOW},  # torch's own CUDA build is all a GPU needs; Trainium: docs/trainium.md
+    extras_require={
+        "dev": DEV,
+        "gpu": [],
+        "mlflow": MLFLOW,
+    },  # torch's own CUDA build is all a GPU needs; Trainium: docs/trainium.md
     entry_points={"console_scripts": ["herd=launch.cli:main"]},
 )

@@ -182,11 +182,7 @@ def test_what_an_acceptance_did_is_not_done_again(tmp_path: Path) -> None:
     again = Record(tmp_path / "steps.jsonl")
     assert again.do("help", ["plot", "--help"]) == first  # a new time would not be equal
     failed = again.do("help", ["plot", "nothing"], HERD_DEVICE="cpu")
-    assert (
-        failed["code"] == 2
-        and "nothing" in failed["said"]
-        and failed["command"].startswith("HERD_DEVICE=cpu herd")
-    )
+    assert failed["code"] == 2 and "nothing" in failed["said"] and failed["command"].startswith("HERD_DEVICE=cpu herd")
 
 
 def test_its_report_has_the_verdicts_the_machine_and_the_commands(tmp_path: Path) -> None:
