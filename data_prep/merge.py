@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from data_prep.ahead import Begun
 from data_prep.errors import UserError
 from data_prep.index_format import Header
 from data_prep.parts_file import find_parts, read_meta, read_parts
@@ -57,15 +56,12 @@ def _ranges(placed: Iterable[Placed]) -> Iterator[_Range]:
 
 
 def _copy_data(
-    placed: Sequence[Placed], target: RangeFile, workers: int, hasher: xxhash.xxh3_128 | None, there: int
+    placed: Sequence[Placed], target: RangeFile, workers: int, hasher: xxhash.xxh3_128 | None
 ) -> Iterator[int]:
-    """Copy all data, in parallel, and hash what came out, in order; yield the bytes of each range.
-
-    there: bytes of the target that are copied already; they are hashed like the rest.
-    """
+    """Copy all data, in parallel, and hash what came out, in order; yield the bytes of each range."""
 
     def copy(task: _Range) -> None:
-        if task.end > task.begin and task.one.byte + task.end > there:
+        if task.end > task.begin:
             with RangeFile(f"{task.one.prefix}.bin") as source:
                 source.copy_to(target, task.one.byte + task.begin, task.begin, task.end)
 
@@ -124,10 +120,9 @@ class Sets:
         workers: int = 1,
         overwrite: bool = False,
         update: Callable[[int], None] | None = None,
-        begun: Begun | None = None,
     ) -> dict[str, Any]:
-        """Merge into OUTPUT.bin, .idx and .meta.json; return what the last holds. begun: see data_prep/ahead.py."""
-        totals = merge_placed(self.placed, self.total, output, workers, overwrite, update, self.meta, begun=begun)
+        """Merge into OUTPUT.bin, .idx and .meta.json; return what the last holds."""
+        totals = merge_placed(self.placed, self.total, output, workers, overwrite, update, self.meta)
         return self.meta | totals.facts()
 
 
@@ -167,23 +162,16 @@ def merge_placed(
     update: Callable[[int], None] | None = None,
     meta: dict[str, Any] | None = None,
     record: bool = True,
-    begun: Begun | None = None,
 ) -> Totals:
     """`merge` of sets that `place` has looked at."""
     mine = Path(f"{output}.bin").resolve()
     if any(Path(f"{one.prefix}.bin").resolve() == mine for one in placed):
         raise UserError(f"{output} is both an input and the output; choose another output", 2)
     data_bytes, on_disk = (sum(sizes) for sizes in zip(*((one.data_bytes, one.on_disk) for one in placed), strict=True))
-    there = 0
-    for one, copied in zip(placed, begun.parts if begun else (), strict=False):
-        if (Path(one.prefix).name, one.digests[0]) != copied:
-            break
-        there = one.byte + one.data_bytes
-    path = begun.path if begun else None
-    with SizedPair(output, total, data_bytes, overwrite, on_disk, path) as pair, disk_errors(output):
+    with SizedPair(output, total, data_bytes, overwrite, on_disk) as pair, disk_errors(output):
         write_indices(placed, pair.idx, total, workers)
         hasher = xxhash.xxh3_128()
-        for count in _copy_data(placed, pair.bin, workers, hasher if record else None, there):
+        for count in _copy_data(placed, pair.bin, workers, hasher if record else None):
             if update is not None:
                 update(count)
         tokens = data_bytes // total.dtype.itemsize
@@ -203,20 +191,12 @@ def merge_parts(
     workers: int = 1,
     overwrite: bool = False,
     update: Callable[[int], None] | None = None,
-    begun: Begun | None = None,
 ) -> dict[str, Any]:
     """Write the parts of a folder as one set, each held to its digests; return what OUTPUT.meta.json holds.
 
-    output: PREFIX of the folder PREFIX.parts when None. begun: what was joined already; if it turns out to be other
-    than the parts, all is copied anew. Raises UserError as `merge`, and for an unfinished folder.
+    output: PREFIX of the folder PREFIX.parts when None. Raises UserError as `merge`, and for an unfinished folder.
     """
     parts = read_parts(folder)
     check_output(parts.prefix if output is None else output, overwrite)
     sets = Sets([folder], workers)
-    to = output or parts.prefix
-    if begun is not None:
-        try:
-            return sets.write(to, workers=workers, overwrite=overwrite, update=update, begun=begun)
-        except UserError:
-            begun.path.unlink(missing_ok=True)
-    return sets.write(to, workers=workers, overwrite=overwrite, update=update)
+    return sets.write(output or parts.prefix, workers=workers, overwrite=overwrite, update=update)

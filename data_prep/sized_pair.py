@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import json
@@ -37,22 +36,14 @@ class SizedPair:
     The header and the first entry of the documents are written. `finish` puts the pair in place; leaving the block
     without it removes what was written, and an older pair of this name stays as it was. A kill leaves the .tmp files,
     which the next one takes over. on_disk: bytes of data that will take disk, fewer than data_bytes for files with
-    holes. begun: a file on the same disk that becomes .bin.tmp, whatever it holds. Raises UserError for a disk without
-    room, and for a second process that writes the same files.
+    holes. Raises UserError for a disk without room, and for a second process that writes the same files.
     """
 
     def __init__(
-        self,
-        prefix: str | Path,
-        header: Header,
-        data_bytes: int,
-        overwrite: bool = False,
-        on_disk: int | None = None,
-        begun: Path | None = None,
+        self, prefix: str | Path, header: Header, data_bytes: int, overwrite: bool = False, on_disk: int | None = None
     ):
         self.prefix, self.header, self.data_bytes = str(prefix), header, data_bytes
         self._overwrite, self._on_disk = overwrite, data_bytes if on_disk is None else min(data_bytes, on_disk)
-        self._begun = begun
         self._files: list[RangeFile] = []
         self._meta = Path(f"{self.prefix}.meta.json")
 
@@ -63,10 +54,7 @@ class SizedPair:
                 folder = Path(self.prefix).parent
                 folder.mkdir(parents=True, exist_ok=True)
                 self.bin, self.idx = self._claim("bin"), self._claim("idx")
-                if self._begun is not None:
-                    self._take_over(self._begun)
                 needed, system = self._on_disk + self.header.size, os.statvfs(folder)
-                needed -= min(self._on_disk, 512 * os.fstat(self.bin.fd).st_blocks)
                 free = system.f_bavail * system.f_frsize
                 if free < needed + SPARE:
                     raise UserError(
@@ -130,16 +118,6 @@ class SizedPair:
                 os.ftruncate(file.fd, 0)
                 return file
             file.close()  # it was renamed or removed by the process that held it
-
-    def _take_over(self, path: Path) -> None:
-        """Put a file in the place of our empty .bin.tmp, locked before anybody sees it."""
-        file = RangeFile(path, os.O_RDWR)
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.replace(self.bin.path)
-        file.path, claimed = self.bin.path, self.bin
-        self._files[self._files.index(claimed)] = self.bin = file
-        claimed.close()
 
     def _drop(self) -> None:
         """Remove what is still aside, before letting go of the locks: after `finish` nothing of ours is."""

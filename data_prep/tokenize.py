@@ -20,7 +20,6 @@ from typing import Any
 
 from data_prep import tokenizers
 from data_prep.account import finish
-from data_prep.ahead import Ahead, Begun
 from data_prep.claims import Claims, sweep
 from data_prep.errors import UserError
 from data_prep.held_engine import choose_engine, give_up
@@ -80,14 +79,10 @@ def tokenize(
         part_bytes = _part_bytes(folder, files, options.part_bytes)
         units = make_plan(files, settings_digest(settings), part_bytes, options.reading.text_documents == "file")
         with Progress(options.progress) as progress:
-            begun = _make_parts(folder, units, files, loaded, options, progress)
+            _make_parts(folder, units, files, loaded, options, progress)
         if not options.merge:
             return finish(folder, units, files, loaded, options, made_of)
-        try:
-            return _merge(folder, prefix, units, files, loaded, options, made_of, begun)
-        finally:
-            if begun is not None:
-                begun.path.unlink(missing_ok=True)
+        return _merge(folder, prefix, units, files, loaded, options, made_of)
     except _DamagedPartsError:
         return tokenize(inputs, tokenizer, output_prefix, options)
     except (OSError, UserError) as error:
@@ -126,7 +121,6 @@ def _merge(
     loaded: tokenizers.Tokenizer,
     options: Options,
     made_of: str,
-    begun: Begun | None,
 ) -> dict[str, Any]:
     """Join the parts, unless the same command, given twice, is at it: then wait for that."""
     with Claims(folder) as claims:
@@ -141,7 +135,7 @@ def _merge(
         # From here on files of the output's name are ours, should a kill leave but some of them.
         write_json(folder / MERGING, {"made_of": made_of})
         try:
-            meta = merge_parts(folder, prefix, workers=_workers(options), overwrite=options.overwrite, begun=begun)
+            meta = merge_parts(folder, prefix, workers=_workers(options), overwrite=options.overwrite)
         except UserError:
             if not _remove_damaged(folder, units):
                 raise
@@ -189,32 +183,29 @@ def _make_parts(
     loaded: tokenizers.Tokenizer,
     options: Options,
     progress: Progress,
-) -> Begun | None:
-    """Work until every part is there; what was joined meanwhile. An engine that proves wrong is given up, with all that
-    it made."""
+) -> None:
+    """Work until every part is there. An engine that proves wrong is given up, with all that it made."""
     total = max(1, sum(unit.size for unit in units))
     while True:
         left, _ = _state(folder, units)
         if not left:
-            return None
+            return
         engine = choose_engine(folder, files, loaded, options, progress)
-        workers = max(1, min(_workers(options), sum(16 if unit.open_ended else 1 for unit in left)))
         job = Job(
             folder, units, loaded.path, engine, options.reading,
-            options.append_eod, options.prepend_bos, options.parse_special, options.task[1] * workers,
+            options.append_eod, options.prepend_bos, options.parse_special,
         )  # fmt: skip
-        firsts = range(options.task[0] * workers, (options.task[0] + 1) * workers)
+        node, nodes = options.task
+        workers = max(1, min(_workers(options), sum(16 if unit.open_ended else 1 for unit in left)))
+        firsts = [(node * workers + i) * len(units) // (nodes * workers) for i in range(workers)]
         counters = [Counters(cells() if workers > 1 else None) for _ in range(workers)]
         shown = _Shown(folder, units, total, counters, progress)
         try:
             if workers == 1:
                 run_here(job, firsts[0], loaded, counters[0], shown.look)
             else:
-                ahead = Ahead(folder, units)
-                with ahead if options.merge else contextlib.nullcontext():
-                    run_workers(job, firsts, counters, shown.look)
-                return ahead.begun
-            return None
+                run_workers(job, firsts, counters, shown.look)
+            return
         except PartMismatchError as error:
             progress.say(
                 f"engine {engine} gave other ids than the official tokenizer: {error}; its parts are made anew"

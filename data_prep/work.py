@@ -1,6 +1,6 @@
 """One worker: walks over the plan, claims what nobody does, makes part after part.
 
-Workers of one machine and of many nodes are alike; each begins at another unit of the plan, takes every so-manyth, then what is left, so
+Workers of one machine and of many nodes are alike; each begins at another place of the plan and takes what is left, so
 nobody hands out work and nobody's death stops it.
 """
 
@@ -40,7 +40,6 @@ class Job:
     append_eod: bool
     prepend_bos: bool
     parse_special: bool
-    stride: int = 1  # workers on all nodes: each takes every so-manyth unit, so that parts are done in order
 
 
 class Counters:
@@ -83,13 +82,13 @@ class Worker:
         self._flushing: Future[None] | None = None
 
     def run(self, first: int, ready: Callable[[], None] = lambda: None) -> None:
-        """Work until every part of the plan is done, beginning with units `first`, `first` + stride, and so on.
+        """Work until every part of the plan is done, beginning with unit `first`.
 
         Raises UserError; PartMismatchError when the engine proves wrong.
         """
         ready()
-        units, stride = self.job.units, self.job.stride
-        walkers = [_Row(self, unit) for i in range(stride) for unit in units[(first + i) % stride :: stride]]
+        count = len(self.job.units)
+        walkers = [_Row(self, self.job.units[(first + i) % count]) for i in range(count)]
         try:
             while walkers:
                 worked = False
