@@ -2,7 +2,7 @@
 
 python benchmarks/parity_faults.py [--folder DIR] [--json FILE] [--fixtures DIR] makes the demo text, trains each case
 with our own trainer (0.4 million parameters, 400 steps of 512 tokens, one thread a process, two processes at a time,
-fourteen on two busy ones), compares each with its reference and prints what every rule said. Runs that are in DIR already are
+fourteen minutes on two busy cores), compares each with its reference and prints what every rule said. Runs that are in DIR already are
 not trained again. A fault is a patch in this file; package code knows nothing of it.
 """
 
