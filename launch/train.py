@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import click
 
 from data_prep.errors import UserError
+from llama.peers import lost_peer
 from llama.run_folder import LastWords, RunFolder
 
 if TYPE_CHECKING:
@@ -255,10 +256,7 @@ def ends_as(error: Exception) -> Kind:
         return "memory"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         return "user"
-    text = str(error)
-    if type(error).__name__ in ("DistNetworkError", "DistBackendError") or "gloo/transport" in text:
-        return "peer"
-    return "error"
+    return "peer" if lost_peer(error) else "error"
 
 
 def leave_word(error: Exception, text: str | None, order: int) -> None:

@@ -35,6 +35,7 @@ from llama.checkpoint_format import (
 from llama.config import Recipe
 from llama.freeze import frozen as frozen_names
 from llama.parallel.apply import ParallelLlama
+from llama.peers import lost_peer
 from llama.run_folder import DAMAGED, MANIFEST, PREFIX, Lock, complete, step_of
 from llama.targets import adapted
 from llama.train.journal import Journal
@@ -122,7 +123,8 @@ class Checkpoints:
     def save(self, state: TrainState) -> None:
         """Write a checkpoint of this moment; returns once a copy is taken when saving in the background.
 
-        Raises UserError (disk full, folder not writable) of this or of the background write before it, on every rank.
+        Raises UserError (disk full, folder not writable) of this or of the background write before it, on every rank;
+        what the collectives raised when another rank was lost meanwhile.
         """
         self.wait()
         self.started = time.monotonic()
@@ -146,6 +148,8 @@ class Checkpoints:
     def _raise_failure(self) -> None:
         failure, self.failure = self.failure, None
         if failure is not None:
+            if lost_peer(failure):
+                raise failure
             raise UserError(
                 f"checkpoint in {self.folder / 'checkpoints'} could not be written: {failure}; free some space or make the "
                 "folder writable, then start the run again: it resumes from the checkpoint before"
@@ -293,6 +297,8 @@ class Checkpoints:
         try:
             dcp.load(tensors, storage_reader=reader, process_group=self.group, no_dist=self.group is None)
         except (Exception, dcp.CheckpointException) as error:
+            if lost_peer(error):  # the checkpoint is well; the next attempt loads it
+                raise
             raise UserError(
                 f"{checkpoint} cannot be loaded: {_cause(error)}; delete the folder, an older checkpoint is used then"
             ) from error

@@ -50,10 +50,12 @@ def _worker(rank: int, world: int, rendezvous: str, pipe: Connection, function: 
         os._exit(1)
 
 
-def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run(
+    world: int, function: Callable[..., Any], *args: Any, timeout: float = 120, dying: tuple[int, ...] = ()
+) -> list[Any]:
     """Call function(rank, *args) in `world` processes joined by gloo; their results by rank.
 
-    `function` must be importable. Raises AssertionError with the first traceback when a rank fails or time runs out.
+    Ranks in `dying` are expected to be killed midway; they have no result. `function` must be importable. Raises AssertionError with the first traceback when a rank fails or time runs out.
     """
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = str(Path(folder) / "store")
@@ -79,7 +81,7 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 1
                     try:
                         text = pipe.recv()
                     except EOFError:
-                        text = "the process died"
+                        text = None if rank in dying else "the process died"
                     failure = failure or (text and f"rank {rank} of {world}: {text}")
         finally:
             for process in processes:
@@ -87,4 +89,6 @@ def run(world: int, function: Callable[..., Any], *args: Any, timeout: float = 1
                     process.kill()
                 process.join(timeout=20)
         assert failure is None, failure
-        return [torch.load(f"{rendezvous}.{rank}", weights_only=False) for rank in range(world)]
+        return [
+            None if rank in dying else torch.load(f"{rendezvous}.{rank}", weights_only=False) for rank in range(world)
+        ]

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import subprocess
 import zlib
 from collections.abc import Callable, Iterator
@@ -14,10 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
+from launch.train import ends_as, explain
 from llama.checkpoint_format import SafeReader, damage
 from llama.config import Recipe
 from llama.run_folder import MANIFEST, complete, step_of
+from llama.train import loop
 from tests.dist import harness
 from tests.dist.runs import Record, run_recipe, spied_train, write_tokens
 
@@ -220,3 +224,27 @@ def test_a_full_disk_is_told_on_every_rank_and_leaves_the_checkpoint_before(
         assert damage(complete(tmp_path)[0], verify=True) is None
     finally:
         subprocess.run(["umount", str(place)], check=True)
+
+
+def _killed_while(rank: int, place: str, config: Recipe) -> tuple[str, str | None]:
+    """The last rank is killed as soon as it reads or writes a checkpoint: how that ends for the others, and the text."""
+    if rank == 1:
+        if place == "load":
+            SafeReader.read_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        else:
+            dcp.FileSystemWriter.write_data = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    os.environ["HERD_DEVICE"] = "cpu"
+    try:
+        loop.train(config)
+    except Exception as error:
+        return ends_as(error), explain(error)[0]
+    return "no error", None
+
+
+@pytest.mark.parametrize("place", ["load", "save", "save in the background"])
+def test_a_rank_killed_at_a_checkpoint_is_not_the_checkpoints_fault(place: str, run: Path, prefix: str) -> None:
+    """A job goes on after a lost rank, and gives up on a checkpoint that nobody can write or load."""
+    config = run_recipe(run, prefix, train__steps=3, checkpoint__interval=1, checkpoint__save_async="back" in place)
+    ((kind, text), _) = harness.run(2, _killed_while, place, config, timeout=60, dying=(1,))
+    assert kind == "peer", text
+    assert text is not None and "lost another rank" in text and "\n" not in text
