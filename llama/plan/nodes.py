@@ -48,8 +48,8 @@ def _node(name: str, device: str, ranks: int, gib: float, tera: float, tera32: f
     )  # fmt: skip
 
 
-# name, device, ranks, GiB a rank (as the driver tells it), bf16 and fp32 TFLOP/s a rank, GB/s of memory, GB/s in the node a rank, Gbit/s of the node,
-# GiB of host memory, ranks close together, share of the peak.
+# name, device, ranks, GiB a rank (as the driver tells it), bf16 and fp32 TFLOP/s a rank, GB/s of memory, GB/s in the node a
+# rank, Gbit/s of the node, GiB of host memory, ranks close together, share of the peak.
 _NODES = (
     # A chip: 667 TFLOP/s bf16, 181 fp32, 96 GiB, 2.9 TB/s, NeuronLink 1.28 TB/s both ways. Four ranks a chip at LNC 2.
     _node("trn2.48xlarge", "neuron", 64, 24, 667 / 4, 181 / 4, 2900 / 4, 640 / 4, 3200, 2048, 4, 0.35),
