@@ -18,7 +18,7 @@ from llama.data.batches import Batch
 from llama.model.llama import Llama
 from llama.parallel.mesh import Mesh
 
-_SCHEDULES: dict[str, Any] = {
+SCHEDULES: dict[str, Any] = {
     "gpipe": torch_schedules.ScheduleGPipe,
     "1f1b": torch_schedules.Schedule1F1B,
     "interleaved_1f1b": torch_schedules.ScheduleInterleaved1F1B,
@@ -72,7 +72,7 @@ class Pipeline:
             )
             for part, index in zip(parts, held, strict=True)
         ]
-        kind = _SCHEDULES[parallel.pipeline_schedule]
+        kind = SCHEDULES[parallel.pipeline_schedule]
         single = issubclass(kind, torch_schedules.PipelineScheduleSingle)
         # The last stage returns the summed loss itself; sums need no scaling by the number of micro-batches.
         self.schedule = kind(
