@@ -62,7 +62,7 @@ def ahead(recipe: Recipe) -> Recipe:
 
     validates = recipe.validation.interval > 0
     changes = {
-        "train": {"steps": STEPS, "init_from": None},
+        "train": {"steps": STEPS, "epochs": None, "init_from": None},
         "validation": Validation(interval=STEPS if validates else 0, batches=1).model_dump(),
         "checkpoint": {"interval": 0, "at_end": False, "keep_best": False},
         "log": {"interval": 1, "tensorboard": False},

@@ -48,7 +48,9 @@ class Side:
     def done(self) -> bool:
         """Whether it was trained to its last step."""
         ends = [event for event in self.run.history() if event["event"] == "end"]
-        return bool(ends) and ends[-1].get("outcome") == "finished" and ends[-1].get("step") == self.recipe.train.steps
+        if not ends or ends[-1].get("outcome") != "finished":
+            return False
+        return self.recipe.train.epochs is not None or ends[-1].get("step") == self.recipe.train.steps
 
 
 @click.command(short_help="Train a pair of recipes and compare them.")

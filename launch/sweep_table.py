@@ -90,17 +90,19 @@ def state_of(run: RunFolder, recipe: Recipe) -> str:
     end: dict[str, Any] = next((event for event in reversed(events) if event["event"] in ("end", "start")), {})
     step = read_json(run.status).get("step", 0)
     # One that ended early is done too, unless more steps are wanted now.
-    if end.get("outcome") == "finished" and (
-        step >= recipe.train.steps or recipes.load(str(run.recipe)).train.steps == recipe.train.steps
-    ):
-        return DONE
+    if end.get("outcome") == "finished":
+        then = recipes.load(str(run.recipe)).train
+        same = then.steps == recipe.train.steps if recipe.train.epochs is None else then.epochs == recipe.train.epochs
+        if same or (recipe.train.epochs is None and step >= recipe.train.steps):
+            return DONE
     if not events:
         return "not begun"
     attempts = run.attempts()
     words = run.last_words(attempts[-1]) if attempts else []
     if end.get("outcome") in (None, "failed") and words:
         return f"failed at step {step}: {words[0].text}"
-    return f"step {step} of {recipe.train.steps}"
+    steps = read_json(run.status).get("steps") if recipe.train.epochs is not None else recipe.train.steps
+    return f"step {step} of {steps}" if steps else f"step {step}"
 
 
 def scores_of(validation: dict[str, Any]) -> dict[str, float]:

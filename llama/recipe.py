@@ -78,11 +78,17 @@ def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`change` laid over `base`: mappings key by key, everything else replaced."""
+    """`change` laid over `base`: mappings key by key, everything else replaced.
+
+    How long a run is can be said in steps or in epochs: where `change` says one of them, the other is no longer said.
+    """
     merged = dict(base)
     for key, value in change.items():
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    for said, other in (("steps", "epochs"), ("epochs", "steps")):
+        if change.get(said) is not None and other not in change:
+            merged.pop(other, None)
     return merged
 
 

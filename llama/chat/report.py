@@ -31,6 +31,7 @@ def report(
     last = ids[ends[chosen] - 1]
     unended = int((~np.isin(last, list(names))).sum())
     steps = len(samples) / train.global_batch_size
+    wanted = train.steps_for(len(samples))
     edges = np.linspace(0, max(BINS, int(lengths.max())), BINS + 1).round().astype(int)
     histogram, _ = np.histogram(lengths, np.r_[edges[:-1] + 1, edges[-1] + 1])
     share = trained / lengths
@@ -80,7 +81,7 @@ def report(
             "trained_tokens": int(trained.sum()),
             "steps": round(steps, 2),
         },
-        "run": {"steps": train.steps, "epochs": round(train.steps / steps, 2)},
+        "run": {"steps": wanted, "epochs": round(wanted / steps, 2)},
         "special_tokens": {names[i]: int(counts[i]) for i in sorted(names) if i < len(counts) and counts[i]},
         "answers_without_end": unended,
         "largest_id": facts["largest_id"],
@@ -107,7 +108,7 @@ def warnings(recipe: Recipe, numbers: dict[str, Any]) -> list[str]:
     if numbers["duplicates"]:
         found.append(f"{numbers['duplicates']:,} conversations are there twice; herd prep dedup leaves one of each")
     if numbers["run"]["epochs"] > 10:
-        found.append(f"train.steps={recipe.train.steps} reads everything {numbers['run']['epochs']} times")
+        found.append(f"{numbers['run']['steps']:,} steps read everything {numbers['run']['epochs']} times")
     return found
 
 

@@ -112,6 +112,11 @@ class Recipe(Section):
                 "adapters are frozen anyway; leave one of them out"
             )
         frozen(train.freeze, model)
+        if train.epochs is not None and self.chat is None:
+            raise ValueError(
+                f"train.epochs={train.epochs:g} counts passes over conversations, and this recipe trains on token files; set "
+                "train.steps, or epochs: of the sources in data.train"
+            )
         if self.chat is not None:
             if self.chat.pack and not self.data.document_mask:
                 raise ValueError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -70,6 +71,9 @@ class Train(Section):
 
     steps: Count
     """Optimizer steps of the whole run, resumed parts included."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Of conversations, in place of steps: how often each is read. The steps are worked out when a run starts, and stand
+    in the recipe of its folder."""
     global_batch_size: Count
     """Sequences in one optimizer step, over all ranks."""
     micro_batch_size: Count = 1
@@ -93,3 +97,15 @@ class Train(Section):
     garbage_collection_steps: Count = 50
     """Python's collector runs every so many steps on all ranks together, so that none makes the others wait."""
     guard: Guard = Guard()
+
+    def steps_for(self, samples: int) -> int:
+        """Steps of the run, where an epoch is so many samples; a part of a step is a whole one."""
+        if self.epochs is None:
+            return self.steps
+        return max(1, math.ceil(self.epochs * samples / self.global_batch_size - 1e-9))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs(cls, keys: Any) -> Any:
+        """With epochs the steps are not known before the conversations are packed: one stands for them."""
+        return {"steps": 1, **keys} if isinstance(keys, dict) and keys.get("epochs") is not None else keys

@@ -45,6 +45,17 @@ def settle_order(recipe: Recipe, state: TrainState) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"order_samples": state.order_samples})})
 
 
+def settle_steps(recipe: Recipe, data: Batches) -> Recipe:
+    """Fix how many steps train.epochs are."""
+    if recipe.train.epochs is None:
+        return recipe
+    from llama.chat.dataset import PackedSamples
+
+    assert isinstance(data.samples, PackedSamples)
+    steps = recipe.train.steps_for(len(data.samples))
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps})})
+
+
 def check_same_data(recipe: Recipe, state: TrainState, data: Batches) -> None:
     """Refuse to go on with other token files than the run began with."""
     if state.data_fingerprint and state.data_fingerprint != data.fingerprint and not recipe.data.allow_change:

@@ -23,7 +23,7 @@ from llama.device import Device, find_device
 from llama.parallel.adapters import adapters_in_words
 from llama.parallel.apply import ParallelLlama, parallelize
 from llama.parallel.mesh import build_mesh
-from llama.train.beginning import adapter_reader, check_same_data, describe, settle_order, weights_reader
+from llama.train.beginning import adapter_reader, check_same_data, describe, settle_order, settle_steps, weights_reader
 from llama.train.checkpoint import Checkpoints
 from llama.train.evaluate import Evaluator
 from llama.train.evaluate_samples import Sampler
@@ -100,6 +100,9 @@ def train(recipe: Recipe, stop: StopRequest | None = None, graphs: Graphs | None
         encode_together(recipe, say)
         data, validation = build_data(recipe, mesh.data_rank, layout.data, say)
         check_same_data(recipe, state, data)
+        recipe = settle_steps(recipe, data)
+        if speaks and recipe.train.epochs is not None:
+            recipes.save(recipe, place.run.recipe)
         metrics = Metrics(recipe, device, layout.world, journal, state.step)
         metrics.say(describe(recipe, device, model, state if resumed else None))
         for line in adapters_in_words(recipe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from llama.layout import layout
 from llama.parallel.apply import parallelize
 from llama.parallel.mesh import build_mesh
 from llama.parallel.shards import local_part
+from llama.recipe import load
 from llama.train.optim import settle_gradients, total_over_ranks
 from tests.dist import harness
 from tests.dist.layouts import reference_model
@@ -110,6 +112,24 @@ def test_a_run_goes_on_elsewhere_with_the_same_examples_and_loss(folder: Path, t
     assert not any(record.error for record in (*alone, *first, *then))
     assert samples_of([*first, *then]) == samples_of(alone)
     assert [*first[0].losses, *then[0].losses] == pytest.approx(alone[0].losses, rel=1e-4)
+
+
+def test_epochs_read_every_example_so_often_and_go_on_when_there_are_more(folder: Path, tmp_path: Path) -> None:
+    keys: dict[str, Any] = dict(
+        train__global_batch_size=4, checkpoint__interval=100, log__tensorboard=False, schedule__kind="constant"
+    )
+
+    def config(epochs: float) -> Recipe:
+        made = chat_recipe(folder, folder / "talks.jsonl", train__epochs=epochs, **keys)
+        return made.model_copy(update={"run_dir": str(tmp_path / "run")})
+
+    sequences = len(chat_samples(config(1))[0])
+    first = harness.run(2, _train, config(1))
+    assert not first[0].error and first[0].state is not None and first[0].state.step == -(-sequences // 4)
+    assert load(str(tmp_path / "run" / "recipe.yaml")).train.steps == -(-sequences // 4)
+    then = harness.run(1, _train, config(2.5))
+    assert not then[0].error and then[0].state is not None and then[0].state.step == math.ceil(2.5 * sequences / 4)
+    assert min(then[0].samples) == max(first[0].samples | first[1].samples) + 1, "it goes on where the first ended"
 
 
 def _refused(rank: int, config: Recipe) -> Any:

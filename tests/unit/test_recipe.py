@@ -265,3 +265,22 @@ def test_a_saved_recipe_is_whole_and_loads_to_itself(small: Path) -> None:
 def test_a_recipe_cannot_be_changed_after_it_is_made(small: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
         load(str(small)).train.steps = 3  # type: ignore[misc]
+
+
+def test_epochs_stand_in_for_steps_and_the_later_word_counts(tmp_path: Path) -> None:
+    base = tmp_path / "chat.yaml"
+    base.write_text("base: smollm2_chat\ntrain: {epochs: 2}\n")
+    train = load(str(base)).train
+    assert (train.epochs, train.steps) == (2, 1), "the inherited steps are no longer said"
+    assert train.steps_for(800) == 200 and train.model_copy(update={"epochs": 0.51}).steps_for(800) == 51
+    overridden = load(str(base), ["train.steps=30"]).train
+    assert (overridden.epochs, overridden.steps) == (None, 30)
+    assert overridden.steps_for(800) == 30
+    assert load(str(base), ["train.steps=30", "train.epochs=3"]).train.epochs == 3
+
+
+def test_epochs_are_of_conversations() -> None:
+    with pytest.raises(
+        UserError, match=r"train\.epochs=2 counts passes over conversations.* set train\.steps, or epochs:"
+    ):
+        load("tiny_cpu", ["train.epochs=2"])

@@ -41,7 +41,7 @@ def test_examples_are_shown_with_marks_round_what_is_trained(folder: Path, tmp_p
         "example 1: 33 tokens, 4 trained\n<|im_start|>user\n[b]ask[/b]<|im_end|>\n"
         "<|im_start|>assistant\n⟦say<|im_end|>⟧\n" in done.output
     )
-    assert "run        3 steps are 24.0 epochs" in done.output and "reads everything 24.0 times" in done.output
+    assert "run        3 steps are 24.0 epochs" in done.output and "3 steps read everything 24.0 times" in done.output
     assert not (folder / "run").exists(), "a preview leaves nothing behind"
 
 
