@@ -1,0 +1,121 @@
+"""Collectives of a rank's step, by formulas: which, over which axis, how many bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from llama.plan.analytic_parts import Held, Stage, Unit
+from llama.plan.analytic_products import chunks
+from llama.plan.counts import Collective, Kind
+from llama.targets import HEAD
+
+Calls = Counter[tuple[Kind, str, int, int]]
+"""(kind, axis, ranks, bytes of one call) to calls."""
+
+
+def step_collectives(held: Held) -> tuple[Collective, ...]:
+    """All collectives of a step."""
+    calls: Calls = Counter()
+    for stage in held.stages:
+        if held.layout.tensor > 1:
+            calls.update(_tensor(held, stage))
+        if held.sharded:
+            calls.update(_data(held, stage))
+    if held.layout.world > 1:
+        # Loss, tokens, squared norm and who was asked to stop, in float64 (Trainer.total).
+        calls["all_reduce", "world", held.layout.world, 4 * 8] += 1
+    found: Calls = Counter()
+    for (kind, axis, ranks, size), times in calls.items():  # an axis that spans all ranks is the world's own group
+        found[kind, "world" if ranks == held.layout.world else axis, ranks, size] += times
+    return tuple(Collective(*key, times) for key, times in sorted(found.items(), key=_heaviest) if times)
+
+
+def _heaviest(call: tuple[tuple[Kind, str, int, int], int]) -> tuple[int, Kind, str, int]:
+    (kind, axis, _, size), times = call
+    return -size * times, kind, axis, size
+
+
+def _tensor(held: Held, stage: Stage) -> Calls:
+    """Tensor and sequence parallelism (Shoeybi et al. 2019, section 3; Korthikanti et al. 2022, section 4.2.2)."""
+    calls: Calls = Counter()
+    ranks, micro_batches = held.layout.tensor, held.layout.accumulation
+    sequence = held.recipe.parallel.sequence_parallel
+    joined: Kind = "reduce_scatter" if sequence else "all_reduce"
+    mode = held.recipe.train.activation_checkpointing
+    whole = held.tokens * held.recipe.model.hidden_size * held.compute
+
+    def join(times: int, size: int = whole) -> None:
+        """Partial sums of all ranks to the stream's layout, or gradients of what was whole."""
+        calls[joined, "tp", ranks, size] += times * micro_batches
+
+    def spread(times: int, size: int = whole) -> None:
+        """The stream's tokens to all ranks; where it is not cut they are there."""
+        if sequence:
+            calls["all_gather", "tp", ranks, size] += times * micro_batches
+
+    for unit, times in Counter(stage.blocks).items():
+        spread(2 * times)  # into attention and MLP
+        join(2 * times)  # out of o and down
+        backward = unit.trains or any(linear.input_gradient for linear in unit.linears)
+        if backward:
+            into = sum(linear.input_gradient for linear in unit.linears if linear.name in ("attention.q", "mlp.gate"))
+            out = sum(
+                linear.input_gradient or linear.trained for linear in unit.linears
+                if linear.name in ("attention.o", "mlp.down")
+            )  # fmt: skip
+            join(into * times)
+            spread(out * times)
+            if mode != "none":
+                spread(2 * times)
+            if mode == "full":
+                join(times)  # o's; down's comes after all that backward needs
+    if stage.first:
+        join(1)
+        if stage.units[0].trains:
+            spread(1)
+    if stage.last:
+        head = next(linear for unit in stage.units for linear in unit.linears if linear.name == HEAD)
+        spread(1)
+        if head.input_gradient:
+            join(1)
+        for size, times in chunks(held).items():
+            # The greatest logit; then the sum of exponentials beside the label's own logit. fp32.
+            calls["all_reduce", "tp", ranks, 4 * size] += times * micro_batches
+            calls["all_reduce", "tp", ranks, 8 * size] += times * micro_batches
+    # Gradients of what all ranks hold whole: FSDP wants them summed before it scatters them, else once a step.
+    for unit in stage.units:
+        for weight in unit.weights:
+            if weight.whole and weight.trained and (sequence or unit.kind == "block"):
+                item = weight.gathered if held.sharded else weight.item
+                calls["all_reduce", "tp", ranks, weight.size * item] += micro_batches if held.sharded else 1
+    return calls
+
+
+def gathers(held: Held, stage: Stage, unit: Unit) -> int:
+    """How often FSDP gathers a unit in a step."""
+    micro_batches, first = held.layout.accumulation, stage.units[0]
+    if unit.kind == "root":
+        return micro_batches
+    if unit.kind == "head":
+        # Freed in backward. When the embedding's backward begins, FSDP gathers ahead what ran before it: in a second
+        # micro-batch that is the first one's head, which the next forward takes as it is.
+        ahead = first.kind == "embed" and first.trains and micro_batches > 1
+        return micro_batches + (1 if ahead else 0)
+    return micro_batches * (2 if held.recipe.parallel.reshard else 1)
+
+
+def _data(held: Held, stage: Stage) -> Calls:
+    """FSDP2 over the shards (Zhao et al. 2023) and, with copies, one more sum over them."""
+    calls: Calls = Counter()
+    shard, replicate, micro_batches = held.layout.shard, held.layout.replicate, held.layout.accumulation
+    for unit, times in Counter(stage.units).items():
+        if shard > 1:
+            calls["all_gather", "dp_shard", shard, unit.total("gathered", shard)] += times * gathers(held, stage, unit)
+        if not unit.trains:
+            continue
+        summed = unit.total("", shard, trained=True)  # in fp32, whatever is computed in
+        if shard > 1:
+            calls["reduce_scatter", "dp_shard", shard, summed] += times * micro_batches
+        if replicate > 1:
+            calls["all_reduce", "dp_replicate", replicate, summed // shard] += times
+    return calls
