@@ -189,16 +189,16 @@ def join(recipe: Recipe) -> None:
     from llama.device import local_rank
 
     device = found_device()
-    if device.type != "cpu":
-        torch.get_device_module(device.type).set_device(local_rank())
     limits = recipe.resilience
     # Longer than the watchdog waits, which knows more than that a collective took too long.
     patience = timedelta(seconds=max(limits.hang_timeout, limits.first_step_timeout, 1800) + 120)
     if "RANK" in os.environ:
         dist.init_process_group(device.communication, timeout=patience)
-        dist.barrier()
     else:
         dist.init_process_group(device.communication, store=dist.HashStore(), rank=0, world_size=1)
+    if device.type != "cpu":  # only now: Trainium's runtime must not be touched before there is a process group
+        torch.get_device_module(device.type).set_device(local_rank())
+    dist.barrier()
 
 
 listening: StopRequest | None = None

@@ -40,6 +40,13 @@ class Device:
     """Whether zero-bubble pipelines run: torch before 2.13 cannot split the backward of a custom autograd function."""
     peak_flops: float | None
     """Published dense bf16 FLOP/s of one rank; None where nobody publishes it, as for CPUs."""
+    float64: bool = True
+    """Whether the device computes in 64 bits; Trainium makes them 32 without saying so."""
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The type for sums over all ranks."""
+        return torch.float64 if self.float64 else torch.float32
 
     def torch(self) -> torch.device:
         """This process's device."""
@@ -96,7 +103,8 @@ def find_device(wanted: str | None = None) -> Device:
     if kind == "neuron":
         generation = os.environ.get("HERD_NODE_TYPE", "trn2")[:4]
         peak = _NEURON_PEAKS.get(generation)
+        peak_flops = peak * 1e12 if peak else None
         return Device(
-            "neuron", generation, "cpu:gloo,neuron:neuron", "neuron", False, False, False, peak * 1e12 if peak else None
+            "neuron", generation, "cpu:gloo,neuron:neuron", "neuron", False, False, False, peak_flops, float64=False
         )
     raise ValueError(f"device {kind!r} is not one of cpu, cuda, neuron")

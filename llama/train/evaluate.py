@@ -114,7 +114,7 @@ class Evaluator:
         for i in range(self.batches):
             self.beat(what)
             mine = self._batch(i * self.recipe.train.global_batch_size)
-            told = torch.tensor([*mine.flatten().tolist(), float(self.wants_stop())], dtype=torch.float64)
+            told = torch.tensor([*mine.flatten().tolist(), float(self.wants_stop())], dtype=self.device.wide)
             *totals, stops = total_over_ranks(told.to(self.device.torch()))
             if stops:
                 return None

@@ -254,7 +254,7 @@ class Trainer:
         layout = self.model.mesh.layout
         share = 1.0 if self.model.mesh.speaks_for_data else 0.0  # tensor ranks hold the same loss and tokens
         tokens = sum(int((batch.labels != IGNORED).sum()) for batch in batches) / layout.pipeline
-        mine = torch.zeros(4, dtype=torch.float64, device=loss_sum.device)
+        mine = torch.zeros(4, dtype=self.device.wide, device=loss_sum.device)
         mine[0] = loss_sum * share
         mine[1] = tokens * share
         mine[2] = squared
@@ -263,7 +263,7 @@ class Trainer:
 
     def agree_to_stop(self) -> bool:
         """Whether any rank is asked to stop; told to all."""
-        mine = torch.tensor([float(self.stop_wanted())], dtype=torch.float64, device=self.device.torch())
+        mine = torch.tensor([float(self.stop_wanted())], dtype=self.device.wide, device=self.device.torch())
         return total_over_ranks(mine)[0] > 0
 
     def stop_wanted(self) -> bool:
@@ -281,12 +281,12 @@ class Trainer:
     def gradient_square(self) -> torch.Tensor:
         """This rank's share of the squared norm of the summed gradients."""
         gradients = [p.grad for _, p in self.model.counted_parameters() if p.grad is not None]
-        return squared_norm(gradients, self.ranks_of_stage)
+        return squared_norm(gradients, self.ranks_of_stage, self.device.wide)
 
     def parameter_norm(self) -> float:
         """Norm of all weights."""
         weights = [p.detach() for _, p in self.model.counted_parameters()]
-        share = squared_norm(weights, self.ranks_of_stage).reshape(1).to(self.device.torch())
+        share = squared_norm(weights, self.ranks_of_stage, self.device.wide).reshape(1).to(self.device.torch())
         return total_over_ranks(share)[0] ** 0.5
 
     @property

@@ -75,7 +75,7 @@ def utilisation_base(recipe: Recipe, device: Device, world: int) -> tuple[float,
     if dist.is_initialized():
         dist.barrier()
     speed = measure_flops(device, dtype)
-    mean = total_over_ranks(torch.tensor([speed / world], dtype=torch.float64, device=device.torch()))[0]
+    mean = total_over_ranks(torch.tensor([speed / world], dtype=device.wide, device=device.torch()))[0]
     kind = str(dtype).removeprefix("torch.")
     return mean, (
         f"mfu is relative to {si(mean)}FLOP/s, a rank's speed in {kind} matrix products measured just now; "

@@ -17,6 +17,7 @@ from llama.parallel.apply import ParallelLlama
 from llama.parallel.shards import local_part
 
 Named = Sequence[tuple[str, torch.nn.Parameter]]
+UNIT = 4096.0
 
 
 def build_optimizer(model: ParallelLlama, recipe: Recipe, device: Device) -> torch.optim.Optimizer:
@@ -60,14 +61,16 @@ def settle_gradients(named: Named) -> None:
 
 
 @torch.no_grad()
-def squared_norm(tensors: Sequence[torch.Tensor], ranks_of_stage: int) -> torch.Tensor:
-    """This rank's share of the squared norm of the whole `tensors`: summed over all ranks it is exact. float64, shape ().
+def squared_norm(
+    tensors: Sequence[torch.Tensor], ranks_of_stage: int, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """This rank's share of the squared norm of the whole `tensors`: summed over all ranks it is exact. `dtype`, shape ().
 
     A tensor cut into n pieces over `ranks_of_stage` ranks is held ranks_of_stage / n times over, so each copy counts that
     much less.
     """
     if not tensors:
-        return torch.zeros((), dtype=torch.float64)
+        return torch.zeros((), dtype=dtype)
     copies = []
     for tensor in tensors:
         pieces = 1
@@ -78,8 +81,8 @@ def squared_norm(tensors: Sequence[torch.Tensor], ranks_of_stage: int) -> torch.
         copies.append(ranks_of_stage / pieces)
     local = [local_part(tensor)[0] for tensor in tensors]
     wide = torch.promote_types(local[0].dtype, torch.float32)  # a norm of bf16 numbers would be rounded to bf16
-    norms = torch.stack(torch._foreach_norm(local, 2, dtype=wide)).double()
-    return (norms.square() / torch.tensor(copies, dtype=torch.float64, device=norms.device)).sum()
+    norms = torch.stack(torch._foreach_norm(local, 2, dtype=wide)).to(dtype)
+    return (norms.square() / torch.tensor(copies, dtype=dtype, device=norms.device)).sum()
 
 
 def clip_factor(norm: float, limit: float | None) -> float:
@@ -96,10 +99,21 @@ def scale_gradients(named: Named, factor: float) -> None:
 
 
 def total_over_ranks(values: torch.Tensor) -> list[float]:
-    """Sum of `values` (n,) over all ranks, on the host: the one collective and the one wait of a step."""
+    """Sum of `values` (n,) over all ranks, on the host: the one collective and the one wait of a step.
+
+    float32 counts to 2^24 only, which the tokens of a large step pass. Such values are therefore summed in two parts,
+    multiples of 4,096 and the rest: whole numbers below 2^24 on each rank have an exact sum on up to 4,096 ranks.
+    """
+    if values.dtype != torch.float32:
+        if dist.is_initialized():
+            dist.all_reduce(values)
+        return [float(value) for value in values.tolist()]
+    units = (values / UNIT).floor()
+    parts = torch.cat((units, values - units * UNIT))
     if dist.is_initialized():
-        dist.all_reduce(values)
-    return [float(value) for value in values.tolist()]
+        dist.all_reduce(parts)
+    whole = parts.tolist()
+    return [units * UNIT + rest for units, rest in zip(whole[: len(values)], whole[len(values) :], strict=True)]
 
 
 def stochastic_round(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

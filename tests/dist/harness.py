@@ -33,13 +33,22 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
 
 
-def _worker(rank: int, world: int, rendezvous: str, pipe: Connection, function: Callable[..., Any], args: Any) -> None:
+def _worker(
+    rank: int,
+    world: int,
+    rendezvous: str,
+    pipe: Connection,
+    function: Callable[..., Any],
+    args: Any,
+    enter: Callable[[], str] | None,
+) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
     try:
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+        backends = "gloo" if enter is None else enter()
+        dist.init_process_group(backends, init_method=f"file://{rendezvous}", rank=rank, world_size=world)
         result = function(rank, *args)
         torch.save(result, f"{rendezvous}.{rank}")
         pipe.send(None)
@@ -51,11 +60,18 @@ def _worker(rank: int, world: int, rendezvous: str, pipe: Connection, function: 
 
 
 def run(
-    world: int, function: Callable[..., Any], *args: Any, timeout: float = 120, dying: tuple[int, ...] = ()
+    world: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 120,
+    dying: tuple[int, ...] = (),
+    enter: Callable[[], str] | None = None,
 ) -> list[Any]:
     """Call function(rank, *args) in `world` processes joined by gloo; their results by rank.
 
-    Ranks in `dying` are expected to be killed midway; they have no result. `function` must be importable. Raises AssertionError with the first traceback when a rank fails or time runs out.
+    Ranks in `dying` are expected to be killed midway; they have no result. `function` must be importable. `enter` is
+    called first of all in each process and names the backends to meet with. Raises AssertionError with the first
+    traceback when a rank fails or time runs out.
     """
     with tempfile.TemporaryDirectory() as folder:
         rendezvous = str(Path(folder) / "store")
@@ -63,7 +79,7 @@ def run(
         for rank in range(world):
             receive, send = _context.Pipe(duplex=False)
             process = _context.Process(
-                target=_worker, args=(rank, world, rendezvous, send, function, args), daemon=True
+                target=_worker, args=(rank, world, rendezvous, send, function, args, enter), daemon=True
             )
             process.start()
             send.close()

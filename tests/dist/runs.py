@@ -86,9 +86,9 @@ class Spy(loop.Trainer):
         yield micro_batches
 
 
-def spied_train(rank: int, config: Recipe, act: Any = None) -> Record:
+def spied_train(rank: int, config: Recipe, act: Any = None, device: str = "cpu") -> Record:
     """train(config) on this rank; a UserError is recorded, not raised. To be called in a process of its own."""
-    os.environ["HERD_DEVICE"] = "cpu"
+    os.environ["HERD_DEVICE"] = device
     record, trainers = Record(), []
 
     class Recorder(Spy):
@@ -109,7 +109,7 @@ def spied_train(rank: int, config: Recipe, act: Any = None) -> Record:
         record.state = trainer.state
         for name, parameter in trainer.model.optimized_parameters():
             local, box = local_part(parameter)
-            record.weights[name] = box, local.detach().clone()
+            record.weights[name] = box, local.detach().clone().cpu()
     return record
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from llama.device import find_device
-from llama.train.optim import StochasticAdamW, clip_factor, squared_norm, stochastic_round
+from llama.train.optim import StochasticAdamW, clip_factor, squared_norm, stochastic_round, total_over_ranks
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -164,6 +164,15 @@ def test_the_norm_of_bf16_tensors_is_not_rounded_to_bf16() -> None:
     exact = sum(float(t.double().square().sum()) for t in tensors)
     assert squared_norm(tensors, 1).item() == pytest.approx(exact, rel=1e-6)
     assert squared_norm([], 4).item() == 0
+
+
+def test_sums_in_float32_keep_whole_numbers_exact() -> None:
+    numbers = [0.0, 1.0, 4095.0, 4096.0, 2.0**24 - 1, 0.25, 1e-12, 3e18]
+    assert total_over_ranks(torch.tensor(numbers)) == pytest.approx(numbers, rel=1e-7, abs=0)
+    assert total_over_ranks(torch.tensor(numbers))[:6] == numbers[:6]
+    assert total_over_ranks(torch.tensor(numbers, dtype=torch.float64)) == numbers
+    for bad in (torch.inf, torch.nan):
+        assert not math.isfinite(total_over_ranks(torch.tensor([bad]))[0])
 
 
 def test_clipping_scales_down_to_the_limit_and_never_up() -> None:
