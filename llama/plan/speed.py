@@ -46,12 +46,12 @@ class Rates:
     """By type: FLOPs of one matrix product, FLOP/s."""
     attention: dict[str, Table]
     """By kind and type, as in `attention_backward bfloat16`: FLOPs of one call in full, FLOP/s of causal attention."""
-    bandwidth: Table
-    """Bytes that one operator reads and writes, bytes/s."""
-    operator: float
-    """Seconds that a call of an operator costs at least, its part of Python and autograd included."""
-    operator_tensor: float
-    """The same under tensor parallelism, where each operator is one on DTensors first."""
+    bandwidth: dict[str, Table]
+    """Bytes that an operator reads and writes, bytes/s: by type, and of the optimizers, `update` and `update_sr`, the one
+    that rounds stochastically."""
+    operator: dict[str, float]
+    """Seconds that a call of an operator costs at least, its part of Python and autograd included: `plain`, under FSDP
+    (`sharded`), and under tensor parallelism, where it is one on DTensors first (`tensor`)."""
     collectives: dict[str, Table]
     """By kind and ranks, as in `all_reduce 4`: bytes of a call, seconds. What is missing is reckoned from the links."""
     link: float
@@ -90,9 +90,9 @@ class Rates:
             raise ValueError(f"keys {sorted(set(found) ^ known)}")
         tables = {
             name: {key: table(rows) for key, rows in found[name].items()}
-            for name in ("products", "attention", "collectives")
+            for name in ("products", "attention", "bandwidth", "collectives")
         }
-        return Rates(**found | tables | {"bandwidth": table(found["bandwidth"])})
+        return Rates(**found | tables)
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,9 @@ def rates_of(node: NodeType, mfu: float | None = None) -> Rates:
             f"{kind} {dtype}": ((1.0, rate * causal),)
             for dtype, rate in peaks.items() for kind in ("attention", "attention_backward")
         },
-        bandwidth=((1.0, node.bandwidth),), operator=LAUNCH, operator_tensor=LAUNCH, collectives={}, link=node.link,
-        network=node.network, latency=node.latency, reading=0.0, base=RUNTIME, overlaps=True,
+        bandwidth=dict.fromkeys((*peaks, "update", "update_sr"), ((1.0, node.bandwidth),)),
+        operator=dict.fromkeys(("plain", "sharded", "tensor"), LAUNCH), collectives={}, link=node.link, network=node.network,
+        latency=node.latency, reading=0.0, base=RUNTIME, overlaps=True,
     )  # fmt: skip
 
 
@@ -174,9 +175,11 @@ def step_time(
     compiled = FUSED if recipe.train.compile or rates.device == "neuron" else 1.0
     multiplied = sum(product_seconds(p, rates) for p in counts.products if p.kind == "mm")
     attention = sum(product_seconds(p, rates) for p in counts.products if p.kind != "mm")
-    calls = counts.operators * compiled
-    launching = calls * (rates.operator_tensor if layout.tensor > 1 else rates.operator)
-    moving = counts.moved * compiled / at(rates.bandwidth, counts.moved / max(1, counts.operators))
+    updating = update_seconds(counts, recipe, rates)
+    launching = counts.operators * compiled * rates.operator[_operators(recipe, layout)]
+    moved = max(0, counts.moved - _updated(counts, recipe, rates)[1]) * compiled
+    dtype = "float32" if recipe.train.precision == "fp32" else "bfloat16"
+    moving = moved / at(rates.bandwidth[dtype], counts.moved / max(1, counts.operators)) + updating
     # An accelerator gets its work ahead of time, and waits only when to launch it takes longer than to do it.
     others = moving + launching if rates.device == "cpu" else max(moving, launching - multiplied - attention)
 
@@ -197,7 +200,7 @@ def step_time(
         # The first weights and the last gradients have nothing to hide behind; of each block's there is one such.
         units = max(1.0, recipe.model.num_layers / layout.pipeline)
         overlapped = min(data * (1 - 1 / units), compute)
-    work = compute - update_seconds(counts, rates) + spent["tp"] + data - overlapped
+    work = compute - updating + spent["tp"] + data - overlapped
     waiting = max(0.0, work) * bubble(recipe, layout, rates.share)
     rest = compute + spent["tp"] + data + pipeline + spent["world"] - overlapped + waiting
     tokens = recipe.tokens_per_step / layout.data
@@ -219,14 +222,29 @@ def product_seconds(product: Product, rates: Rates) -> float:
         return product.flops / at(rates.attention[f"{product.kind} {dtype}"], size)
     batch, m, k, n = product.shape
     moved = batch * (m * k + k * n + m * n) * BYTES[dtype]
-    return product.calls * max(size / at(rates.products[dtype], size), moved / at(rates.bandwidth, moved))
+    return product.calls * max(size / at(rates.products[dtype], size), moved / at(rates.bandwidth[dtype], moved))
 
 
-def update_seconds(counts: Counts, rates: Rates) -> float:
-    """Seconds of the optimizer's step, which is no part of a pipeline's round: weights and state read and written."""
-    memory = counts.memory
-    moved = 2 * (memory.weights + memory.optimizer) + memory.gradients if memory.optimizer else 0
-    return moved / at(rates.bandwidth, moved) if moved else 0.0
+def update_seconds(counts: Counts, recipe: Recipe, rates: Rates) -> float:
+    """Seconds of the optimizer's step, which is no part of a pipeline's round."""
+    kind, moved = _updated(counts, recipe, rates)
+    return moved / at(rates.bandwidth[kind], moved) if moved else 0.0
+
+
+def _updated(counts: Counts, recipe: Recipe, rates: Rates) -> tuple[str, int]:
+    """Which of Rates.bandwidth the optimizer's step has, and the bytes it moves, told by those of its moments."""
+    moments = counts.memory.optimizer
+    if recipe.train.precision == "bf16_sr" and rates.device != "neuron":
+        # Counted: 184 bytes a weight with moments in fp32, 324 with both in bf16, one operator after another.
+        return "update_sr", moments * (81 if recipe.optimizer.state_dtype == "bfloat16" else 23)
+    return "update", moments * 7 // 2  # weights and both moments read and written, gradients read
+
+
+def _operators(recipe: Recipe, layout: Layout) -> str:
+    """Which of Rates.operator a recipe's are."""
+    if layout.tensor > 1:
+        return "tensor"
+    return "sharded" if layout.data > 1 or recipe.train.precision == "bf16_mixed" else "plain"
 
 
 def bubble(recipe: Recipe, layout: Layout, share: float = 1.0) -> float:
