@@ -7,6 +7,8 @@ block → full checkpointing → FSDP/HSDP → memory → weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -108,11 +110,13 @@ def parallelize(
     read: Callable[[str, Box], torch.Tensor] | None = None,
     dtype: torch.dtype | None = None,
     read_adapter: Callable[[str, Box], torch.Tensor] | None = None,
+    unfilled: AbstractContextManager[Any] | None = None,
 ) -> ParallelLlama:
     """Build the network of `recipe` over `mesh`, with weights from `read` or, without it, drawn from train.seed.
 
     Never holds more than this rank's shard plus one parameter. `dtype` overrides the weights' type (float64 in tests).
-    Under adapters the frozen base is held in the type that is computed with.
+    Under adapters the frozen base is held in the type that is computed with. `unfilled`: weights are made under it and
+    never filled; a mode whose tensors have no memory, to count what a step does (llama/plan/dry.py).
     """
     p, t = recipe.parallel, recipe.train
     weights = dtype or (torch.bfloat16 if t.precision == "bf16_sr" else torch.float32)
@@ -147,11 +151,13 @@ def parallelize(
         if sharded:
             # Of adapters FSDP casts nothing: they cast themselves, and the base is what it is computed with.
             shard(part, mesh.fsdp, "fp32" if lora.rank and t.precision == "bf16_mixed" else t.precision, p.reshard)
-        part.to_empty(device=device.torch())
+        with unfilled or nullcontext():
+            part.to_empty(device=device.torch())
         part.tie()
-        fill_parameters(part, read)
-        if lora.quantize:
-            fill_nested_scales(part, read)
+        if unfilled is None:
+            fill_parameters(part, read)
+            if lora.quantize:
+                fill_nested_scales(part, read)
         parts.append(part)
     return ParallelLlama(parts, recipe, mesh, device.torch(), compute)
 
