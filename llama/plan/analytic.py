@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from llama.config import Recipe
 from llama.layout import layout
-from llama.plan.analytic_memory import BATCH_BYTES, local, step_memory
-from llama.plan.analytic_parts import held
+from llama.plan.analytic_memory import local, step_memory
+from llama.plan.analytic_moved import step_moved
+from llama.plan.analytic_parts import BATCH_BYTES, held
 from llama.plan.analytic_products import step_products
 from llama.plan.analytic_traffic import step_collectives
 from llama.plan.counts import Counts
@@ -18,12 +19,13 @@ from llama.plan.counts import Counts
 def foresee(recipe: Recipe, world: int, rank: int = 0) -> Counts:
     """The step of `rank` among `world`. Raises ValueError, naming a remedy, where the recipe does not lay out on them."""
     part = held(recipe, world, rank)
+    moved, operators = step_moved(part)
     return Counts(
         rank=rank,
         stage=part.stage_rank,
         products=step_products(part),
-        moved=0,
-        operators=0,
+        moved=moved,
+        operators=operators,
         collectives=step_collectives(part),
         memory=step_memory(part),
     )

@@ -204,6 +204,14 @@ def block_backward(tape: Tape, held: Held, unit: Unit, s: Sizes, weights: str) -
         w.trained for w in unit.weights if w.whole and w.columns == 1 and w.rows == held.recipe.model.hidden_size
     )
 
+    def norm(at: str, gradient: str, trained: bool) -> None:
+        norm_backward(tape, s, at, gradient, trained)
+        if trained and weights != "added":
+            tape.make(
+                "gathered" if weights == "gathered" else "gradients",
+                **{f"w.{at}": s.item * held.recipe.model.hidden_size},
+            )
+
     def linear(of: Linear, gradient: str, into: str, size: int) -> None:
         """Gradients of the weight, then of the input."""
         matrix = of.out * of.width * s.item
@@ -238,7 +246,7 @@ def block_backward(tape: Tape, held: Held, unit: Unit, s: Sizes, weights: str) -
     tape.make(dn=s.whole)
     tape.free("d1", "d2", "n2.in")
     join(tape, s, "dn", "dn.joined")
-    norm_backward(tape, s, "n2", "dn.joined", second)
+    norm("n2", "dn.joined", second)
     tape.make(g1=s.hidden)
     tape.free("g", "n2.dx", "x1", "g2")
     # Attention.
@@ -261,7 +269,7 @@ def block_backward(tape: Tape, held: Held, unit: Unit, s: Sizes, weights: str) -
     tape.make(dn=s.whole)
     tape.free("d12", "d3", "n1.in")
     join(tape, s, "dn", "dn.joined")
-    norm_backward(tape, s, "n1", "dn.joined", first)
+    norm("n1", "dn.joined", first)
     tape.make(g=s.hidden)
     tape.free("g1", "n1.dx")
 
@@ -296,6 +304,23 @@ def pieces(held: Held, unit: Unit, s: Sizes, weights: str) -> tuple[Piece, Piece
     tape.free("g", "x1", *KEPT, *JOINED)
     most, left = (tuple(a - b for a, b in zip(x, before, strict=True)) for x in (tape.most, tape.now))
     return forward, Piece(most, left)
+
+
+def input_piece(s: Sizes) -> Piece:
+    """A block's backward of its input alone (zero bubble, Qi et al. 2023). It frees nothing that forward kept and leaves
+    the gradients that products and norms were given, for the backward of the weights."""
+    tape = Tape()
+    tape.make(g=s.hidden, dh=s.middle, dup=s.middle, dsilu=s.middle)
+    tape.free("dh")
+    tape.make(dgate=s.middle, dn2=s.whole)
+    tape.free("dsilu")
+    tape.make(wide=5 * s.wide)
+    tape.free("wide")
+    tape.make(g1=s.hidden, dattention=s.query, dq=s.query, dk=s.key, dv=s.key)
+    tape.free("g1", "dattention")
+    tape.make(dn1=s.whole, wide=5 * s.wide)
+    tape.free("wide")
+    return tape.piece()
 
 
 def keeps_input(held: Held) -> bool:

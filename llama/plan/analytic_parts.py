@@ -16,6 +16,8 @@ from llama.layout import Layout, layout
 from llama.targets import HEAD, HF_MODULES, ROW_PARALLEL, adapted, linear_shape
 
 NF4_BLOCK, NESTED = 64, 256  # as in llama/model/nf4.py, which needs torch
+BATCH_BYTES = 8 + 8 + 4 + 4
+"""Of a token of a batch: itself, its label, position and document."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Unit:
     weights: tuple[Weight, ...]
     linears: tuple[Linear, ...] = ()
     attention_backward: bool = True
+    buffers: int = 0
+    """Bytes of what is no parameter, which every rank has whole: scales of scales, keys of dropout."""
 
     def total(self, what: str, ranks: int = 1, trained: bool = False) -> int:
         """Bytes over all weights: `item` held, `gathered` computed with, 4 reduced; rows padded to `ranks` pieces."""
@@ -191,7 +195,7 @@ class _Builder:
         if first and last and model.tie_embeddings:  # a shared weight must sit in one group, the root's
             root = Unit("root", (*embed.weights, *norm), head.linears)
             return Stage(index, (root, *blocks), first, last)
-        tail = Unit("head", (*norm, *head.weights), head.linears)
+        tail = Unit("head", (*norm, *head.weights), head.linears, buffers=head.buffers)
         return Stage(index, ((embed,) if first else ()) + tuple(blocks) + ((tail,) if last else ()), first, last)
 
     def ends(self, below: bool) -> tuple[Unit, tuple[Weight, ...], Unit]:
@@ -204,7 +208,9 @@ class _Builder:
         trained, rank = self.trained("head.weight"), self.lora.rank if HEAD in self.targets else 0
         output = Weight(rows, model.hidden_size, self.base, self.gathered, trained)
         linear = Linear(HEAD, rows, model.hidden_size, trained, below, rank)
-        return Unit("embed", (table,)), (norm,), Unit("head", (output, *self.adapter(linear, row=False)), (linear,))
+        buffers = 4 if rank and self.lora.dropout else 0
+        head = Unit("head", (output, *self.adapter(linear, row=False)), (linear,), buffers=buffers)
+        return Unit("embed", (table,)), (norm,), head
 
     def norm(self, name: str) -> Weight:
         return Weight(self.model.hidden_size, 1, self.base, self.gathered, self.trained(name), whole=True)
@@ -236,7 +242,8 @@ class _Builder:
                 attention = inside
             weights += [*self.matrix(linear, trained), *self.adapter(linear, row)]
             linears.append(linear)
-        unit = self.blocks[key] = Unit("block", tuple(weights), tuple(linears), attention)
+        buffers = sum(self.buffers(f"{at}.{part}", target) for part, target in zip(HF_MODULES, targets, strict=True))
+        unit = self.blocks[key] = Unit("block", tuple(weights), tuple(linears), attention, buffers)
         return unit, after
 
     def matrix(self, linear: Linear, trained: bool) -> Iterator[Weight]:
@@ -251,6 +258,14 @@ class _Builder:
             item = 1 if lora.double_quantization else 4
             yield Weight(out, width // 2, 1, 1, False)
             yield Weight(out, width // NF4_BLOCK, item, item, False)
+
+    def buffers(self, name: str, target: bool) -> int:
+        """Bytes of a linear's buffers: fp32 scales of its scales and their mean, and the key of its adapter's dropout."""
+        lora, size = self.lora, 4 if target and self.lora.dropout else 0
+        if lora.quantize == "nf4" and lora.double_quantization:
+            out, width = linear_shape(name, self.model)
+            size += 4 * -(-out * (width // NF4_BLOCK) // NESTED) + 4
+        return size
 
     def adapter(self, linear: Linear, row: bool) -> Iterator[Weight]:
         """A, B and DoRA's lengths, in the type of trained weights, which FSDP does not cast."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from llama.plan.analytic_parts import Held, Stage, Unit
+from llama.plan.analytic_parts import Held, Linear, Stage, Unit
 from llama.plan.analytic_products import chunks
 from llama.plan.counts import Collective, Kind
 from llama.targets import HEAD
@@ -21,18 +21,26 @@ def step_collectives(held: Held) -> tuple[Collective, ...]:
             calls.update(_tensor(held, stage))
         if held.sharded:
             calls.update(_data(held, stage))
+        if held.layout.pipeline > 1:
+            calls.update(_pipeline(held, stage))
     if held.layout.world > 1:
         # Loss, tokens, squared norm and who was asked to stop, in float64 (Trainer.total).
         calls["all_reduce", "world", held.layout.world, 4 * 8] += 1
-    found: Calls = Counter()
-    for (kind, axis, ranks, size), times in calls.items():  # an axis that spans all ranks is the world's own group
-        found[kind, "world" if ranks == held.layout.world else axis, ranks, size] += times
-    return tuple(Collective(*key, times) for key, times in sorted(found.items(), key=_heaviest) if times)
+    return tuple(Collective(*key, times) for key, times in sorted(calls.items(), key=_heaviest) if times)
 
 
 def _heaviest(call: tuple[tuple[Kind, str, int, int], int]) -> tuple[int, Kind, str, int]:
     (kind, axis, _, size), times = call
     return -size * times, kind, axis, size
+
+
+INTO = ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")
+"""Linears that tensor parallelism cuts along their output."""
+
+
+def _frozen(held: Held, linear: Linear) -> bool:
+    """Whether it is a FrozenLinear (llama/model/lora.py)."""
+    return bool(linear.adapter or held.recipe.lora.quantize)
 
 
 def _tensor(held: Held, stage: Stage) -> Calls:
@@ -63,6 +71,11 @@ def _tensor(held: Held, stage: Stage) -> Calls:
                 linear.input_gradient or linear.trained for linear in unit.linears
                 if linear.name in ("attention.o", "mlp.down")
             )  # fmt: skip
+            # A frozen linear sums the gradient of its input by itself (Cut.enter in llama/parallel/tensor.py).
+            alone = [linear.name for linear in unit.linears if linear.input_gradient and _frozen(held, linear)]
+            calls["all_reduce", "tp", ranks, whole] += times * micro_batches * sum(name in INTO for name in alone)
+            into -= set(INTO[:3]) <= set(alone)  # nothing is left to sum
+            into -= set(INTO[3:]) <= set(alone)
             join(into * times)
             spread(out * times)
             if mode != "none":
@@ -86,14 +99,20 @@ def _tensor(held: Held, stage: Stage) -> Calls:
     for unit in stage.units:
         for weight in unit.weights:
             if weight.whole and weight.trained and (sequence or unit.kind == "block"):
-                item = weight.gathered if held.sharded else weight.item
-                calls["all_reduce", "tp", ranks, weight.size * item] += micro_batches if held.sharded else 1
+                # A pipeline has added the step's up in fp32 by then.
+                item = weight.item if not held.sharded else 4 if held.layout.pipeline > 1 else weight.gathered
+                times = micro_batches if held.sharded and held.layout.pipeline == 1 else 1
+                calls["all_reduce", "tp", ranks, weight.size * item] += times
     return calls
 
 
 def gathers(held: Held, stage: Stage, unit: Unit) -> int:
     """How often FSDP gathers a unit in a step."""
-    micro_batches, first = held.layout.accumulation, stage.units[0]
+    micro_batches, first, reshard = held.layout.accumulation, stage.units[0], held.recipe.parallel.reshard
+    if held.layout.pipeline > 1:
+        # Whole until the step's end; else freed after each forward and gathered by the next, or by the backward that
+        # comes before it, which frees nothing.
+        return micro_batches + 1 if reshard and unit.kind in ("embed", "block") else 1
     if unit.kind == "root":
         return micro_batches
     if unit.kind == "head":
@@ -101,7 +120,7 @@ def gathers(held: Held, stage: Stage, unit: Unit) -> int:
         # micro-batch that is the first one's head, which the next forward takes as it is.
         ahead = first.kind == "embed" and first.trains and micro_batches > 1
         return micro_batches + (1 if ahead else 0)
-    return micro_batches * (2 if held.recipe.parallel.reshard else 1)
+    return micro_batches * (2 if reshard else 1)
 
 
 def _data(held: Held, stage: Stage) -> Calls:
@@ -115,7 +134,28 @@ def _data(held: Held, stage: Stage) -> Calls:
             continue
         summed = unit.total("", shard, trained=True)  # in fp32, whatever is computed in
         if shard > 1:
-            calls["reduce_scatter", "dp_shard", shard, summed] += times * micro_batches
+            calls["reduce_scatter", "dp_shard", shard, summed] += times * (
+                1 if held.layout.pipeline > 1 else micro_batches
+            )
         if replicate > 1:
             calls["all_reduce", "dp_replicate", replicate, summed // shard] += times
+    return calls
+
+
+def _pipeline(held: Held, stage: Stage) -> Calls:
+    """Hidden states to the next stage, their gradients back, unless it is on this rank; and a tied embedding's gradients,
+    which the first and the last stage each have a part of."""
+    calls: Calls = Counter()
+    parallel, model, ranks, here = held.recipe.parallel, held.recipe.model, held.layout.pipeline, held.stages
+    size, micro_batches = held.compute * held.stream * model.hidden_size, held.layout.accumulation
+    for other in (stage.index - 1, stage.index + 1):
+        if 0 <= other < parallel.stages and other not in [stage.index for stage in here]:
+            calls["send", "pp", ranks, size] += micro_batches
+            calls["recv", "pp", ranks, size] += micro_batches
+    ends = model.tie_embeddings and not held.recipe.lora.rank and parallel.pipeline_schedule != "zbv_zero_bubble"
+    for unit in stage.units if ends else ():
+        if unit.kind in ("embed", "head"):
+            table = next(weight for weight in unit.weights if weight.columns > 1)
+            own = table.shard(held.layout.shard, held.shard_rank) if held.sharded else table.size
+            calls["all_reduce", "pp", 2, own * table.item] += table.trained
     return calls
