@@ -82,6 +82,7 @@ class Plan:
 def check(wanted: Wanted) -> Plan:
     """Refuse whatever would fail later. UserError, and nothing is in the queue."""
     from launch.train import check_inputs
+    from llama import capabilities
     from llama import recipe as recipes
 
     if "=" in wanted.recipe and not Path(wanted.recipe).exists():
@@ -102,6 +103,8 @@ def check(wanted: Wanted) -> Plan:
         if wanted.recipe.endswith(".sh"):
             arguments = ask_shell(wanted.recipe, wanted.overrides, node_type)
         recipe = recipes.load(arguments[0], arguments[1:])
+        for doubt in capabilities.check(recipe, capabilities.kind(node_type)):
+            click.echo(f"herd: {doubt}", err=True)
         layout = _lay_out(recipe, wanted.nodes, ranks)
         check_inputs(recipe)
         run = RunFolder(Path(recipe.folder).absolute())

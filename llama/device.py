@@ -1,4 +1,4 @@
-"""The three devices, cpu, cuda and neuron: the only file that names a backend, its quirks and its peak."""
+"""The device at hand, cpu, cuda or neuron: its backends and its peak. What each can do says llama/capabilities.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 
 import torch
+
+from llama.capabilities import TABLE, Kind
 
 # Dense bf16 peaks in TFLOP/s, from the makers' data sheets: (part of the device's name, peak), first match wins.
 _CUDA_PEAKS = (
@@ -82,6 +84,14 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def _device(kind: Kind, name: str, communication: str, peak: float | None) -> Device:
+    able = TABLE[kind]
+    return Device(
+        kind, name, communication, able.compile_backend, able.fused_adamw, able.pipeline, able.zero_bubble and _ZERO_BUBBLE,
+        peak, able.float64,
+    )  # fmt: skip
+
+
 def find_device(wanted: str | None = None) -> Device:
     """The accelerator that is there, or the one asked for: cpu, cuda or neuron.
 
@@ -91,7 +101,7 @@ def find_device(wanted: str | None = None) -> Device:
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     kind = wanted or (found.type if found is not None and found.type in ("cuda", "neuron") else "cpu")
     if kind == "cpu":
-        return Device("cpu", "CPU", "gloo", "inductor", True, True, _ZERO_BUBBLE, None)
+        return _device("cpu", "CPU", "gloo", None)
     if found is None or found.type != kind:
         raise ValueError(
             f"no {kind} device here (found {found.type if found else 'only the CPU'}); HERD_DEVICE=cpu runs on the CPU"
@@ -99,12 +109,9 @@ def find_device(wanted: str | None = None) -> Device:
     if kind == "cuda":
         name = torch.cuda.get_device_name()
         peak = next((tera * 1e12 for part, tera in _CUDA_PEAKS if part in name), None)
-        return Device("cuda", name, "cpu:gloo,cuda:nccl", "inductor", True, True, _ZERO_BUBBLE, peak)
+        return _device("cuda", name, "cpu:gloo,cuda:nccl", peak)
     if kind == "neuron":
         generation = os.environ.get("HERD_NODE_TYPE", "trn2")[:4]
         peak = _NEURON_PEAKS.get(generation)
-        peak_flops = peak * 1e12 if peak else None
-        return Device(
-            "neuron", generation, "cpu:gloo,neuron:neuron", "neuron", False, False, False, peak_flops, float64=False
-        )
+        return _device("neuron", generation, "cpu:gloo,neuron:neuron", peak * 1e12 if peak else None)
     raise ValueError(f"device {kind!r} is not one of cpu, cuda, neuron")

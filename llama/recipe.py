@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from data_prep.errors import UserError
-from llama.config import ZERO_BUBBLE, Recipe
+from llama import capabilities
+from llama.config import Recipe
 from llama.layout import Layout, layout
 
 if TYPE_CHECKING:  # it loads torch, and a recipe is refused faster without
@@ -173,21 +175,11 @@ def lay_out(recipe: Recipe, world_size: int) -> Layout:
         raise UserError(f"recipe {recipe.name}: {error}", 2) from None
 
 
-def check_device(recipe: Recipe, device: Device) -> None:
-    """Refuse what `device` cannot do, with the nearest layout that works. Raises UserError."""
-    stages = recipe.parallel.pipeline_parallel
-    if stages > 1 and not device.pipeline:
-        raise UserError(
-            f"recipe {recipe.name}: parallel.pipeline_parallel={stages} needs ranks to send to each other, which nobody has "
-            f"shown on {device.type}; set parallel.pipeline_parallel=1 and let FSDP shard over those ranks",
-            2,
-        )
-    if stages > 1 and recipe.parallel.pipeline_schedule in ZERO_BUBBLE and not device.zero_bubble:
-        raise UserError(
-            f"recipe {recipe.name}: parallel.pipeline_schedule={recipe.parallel.pipeline_schedule} needs torch 2.13 or newer; "
-            "use interleaved_1f1b, or another torch",
-            2,
-        )
+def check_device(recipe: Recipe, device: Device) -> list[str]:
+    """Refuse what `device` cannot do, with what works; what is merely doubtful, in words. Raises UserError."""
+    kind = capabilities.kind(device.type)
+    able = replace(capabilities.TABLE[kind], pipeline=device.pipeline, zero_bubble=device.zero_bubble)
+    return capabilities.check(recipe, kind, able)
 
 
 def dump(recipe: Recipe) -> str:

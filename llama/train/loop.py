@@ -66,7 +66,7 @@ def train(recipe: Recipe, stop: StopRequest | None = None, graphs: Graphs | None
     ones, when the caller keeps them. Raises UserError for what the user can mend.
     """
     device = find_device()
-    recipes.check_device(recipe, device)
+    doubts = recipes.check_device(recipe, device)
     layout = recipes.lay_out(recipe, dist.get_world_size())
     with ExitStack() as stack:
         stop = stop or stack.enter_context(StopRequest.of_job())
@@ -78,7 +78,7 @@ def train(recipe: Recipe, stop: StopRequest | None = None, graphs: Graphs | None
             if speaks:
                 print(text, flush=True)
 
-        for note in place.notes:
+        for note in (*place.notes, *(f"warning: {doubt}" for doubt in doubts)):
             say(note)
         journal.event(
             "start", nodes=sorted(set(place.hosts)), ranks=layout.world, layout=layout.name, device=device.name,
