@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import subprocess
 import sys
 from typing import Any
@@ -14,8 +15,10 @@ import pytest
 from llama.config import Recipe
 from llama.layout import layout
 from llama.plan import speed
+from llama.plan.analytic import foresee
 from llama.plan.counts import Collective, Counts, Kind, Memory, Product
 from llama.plan.nodes import node_type
+from llama.plan.standing import plan_against_measured
 
 H100 = speed.rates_of(node_type("8xh100"), mfu=0.5)
 
@@ -145,6 +148,16 @@ def test_rates_come_back_from_json_as_they_were() -> None:
     assert speed.Rates.from_json(json.loads(json.dumps(rates.to_json()))) == rates
     with pytest.raises(ValueError, match="keys"):
         speed.Rates.from_json({"source": "x"})
+
+
+def test_a_runs_end_says_how_far_the_plan_was_off() -> None:
+    r, planned = recipe(8), foresee(recipe(8), 2).memory.peak
+    line = plan_against_measured(r, 2, None, round(planned / 0.95), 0.5)
+    assert line.startswith("plan against measured: memory ") and line.endswith(" GB (-5 %)")
+    seconds = speed.step_time(foresee(r, 2), r, layout(r, 2), H100).total
+    line = plan_against_measured(r, 2, H100, None, seconds / 1.08)
+    assert re.fullmatch(r"plan against measured: step \S+ of \S+ s \(\+8 %\)", line)
+    assert plan_against_measured(r, 2, None, None, 1.0) == ""
 
 
 def test_tables_are_interpolated_in_logarithms() -> None:
