@@ -26,6 +26,9 @@ Table = tuple[tuple[float, float], ...]
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 FUSED = 0.4
 """Of the bytes and calls of single operators, what is left when blocks are compiled into one graph each. Assumed."""
+ATTENTION = 0.65
+"""Of the rate of products, what attention reaches on accelerators. Assumed: FlashAttention-2 on an H100 makes 300 to 370 of
+989 TFLOP/s (Shah et al. 2024, FlashAttention-3, figures 5 and 6), products half of them and more."""
 LAUNCH = 6e-6
 """Seconds in which Python launches an operator on an accelerator, its backward included. Assumed."""
 RUNTIME = 1 << 30
@@ -152,13 +155,13 @@ def rates_of(node: NodeType, mfu: float | None = None) -> Rates:
     """Rates of a published node type, with products at `mfu` of the peak (node.mfu when not given)."""
     share = node.mfu if mfu is None else mfu
     # Kernels for CUDA leave out the half of attention that is masked, but counts have it in full.
-    causal = 2.0 if node.device == "cuda" else 1.0
+    attends = ATTENTION * (2.0 if node.device == "cuda" else 1.0)
     peaks = {"bfloat16": node.flops * share, "float16": node.flops * share, "float32": node.flops_fp32 * share}
     return Rates(
         source=f"{node.name}, products at {share:.0%} of the published peak", device=node.device,
         products={dtype: ((1.0, rate),) for dtype, rate in peaks.items()},
         attention={
-            f"{kind} {dtype}": ((1.0, rate * causal),)
+            f"{kind} {dtype}": ((1.0, rate * attends),)
             for dtype, rate in peaks.items() for kind in ("attention", "attention_backward")
         },
         bandwidth=dict.fromkeys((*peaks, "update", "update_sr"), ((1.0, node.bandwidth),)),
