@@ -165,7 +165,8 @@ def _likeliest(logits: torch.Tensor, peak: torch.Tensor, vocabulary: Vocabulary)
     """
     first = logits.argmax(dim=-1)
     reaches = logits.gather(1, first[:, None])[:, 0] == peak[:, 0]
-    ids = (first + vocabulary.first_row).masked_fill(~reaches, torch.iinfo(torch.int64).max)
+    # Trainium holds an int64 in 32 bits.
+    ids = (first + vocabulary.first_row).masked_fill(~reaches, torch.iinfo(torch.int32).max)
     return -vocabulary.maximum(-ids)
 
 

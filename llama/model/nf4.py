@@ -39,9 +39,11 @@ def _levels(device: torch.device) -> torch.Tensor:
 
 @cache
 def _pairs(device: torch.device) -> torch.Tensor:
-    """(256,): the two fp32 weights of a byte, before scaling, as 64 bits: one look-up gives both."""
+    """(256,): the two fp32 weights of a byte, before scaling, as 64 bits: one look-up gives both. (256, 2) as they are
+    elsewhere: Trainium makes 64 bits 32."""
     levels = _levels(device)
-    return torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1).view(torch.int64).flatten()
+    pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), dim=1)
+    return pairs.view(torch.int64).flatten() if device.type in ("cpu", "cuda") else pairs
 
 
 @cache

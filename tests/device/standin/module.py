@@ -9,27 +9,21 @@ import torch
 
 library: Any = None
 initialized = False
-Event = torch.cpu.Event
 
 
-class Stream(torch.cpu.Stream):
-    """All work is done when the call returns, so there is nothing to wait for."""
-
-    def synchronize(self) -> None:
-        pass
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or Event()
+def Stream(device: Any = None, priority: int = 0) -> torch.Stream:  # noqa: N802
+    return torch.Stream(device="neuron", priority=priority)
 
 
-_stream = Stream()
+def Event(*args: Any, **kwargs: Any) -> torch.Event:  # noqa: N802
+    return torch.Event(device="neuron")
 
 
-def current_stream(device: Any = None) -> Stream:
-    return _stream
+def current_stream(device: Any = None) -> torch.Stream:
+    return torch.accelerator.current_stream()
 
 
-def stream(stream: Stream) -> contextlib.AbstractContextManager[None]:
+def stream(stream: torch.Stream) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 

@@ -11,6 +11,7 @@
 #include <ATen/native/Resize.h>
 #include <ATen/ops/_local_scalar_dense_native.h>
 #include <ATen/ops/_reshape_alias_native.h>
+#include <ATen/ops/aminmax.h>
 #include <ATen/ops/as_strided_native.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
@@ -55,6 +56,14 @@ void check_type(ScalarType type) {
       "neuron stand-in: a ", type, " tensor; Trainium makes it 32 bits without saying so, or takes it apart");
 }
 
+// Trainium holds an int64 in 32 bits.
+void check_range(const std::string& name, const Tensor& on_host) {
+  if (!strict || on_host.scalar_type() != ScalarType::Long || on_host.numel() == 0) return;
+  auto [low, high] = at::aminmax(on_host);
+  auto fits = [](const Tensor& x) { return x.item<int64_t>() == static_cast<int32_t>(x.item<int64_t>()); };
+  TORCH_CHECK(fits(low) && fits(high), "neuron stand-in: ", name, " gives an int64 that 32 bits do not hold");
+}
+
 // Memory: the host's, counted.
 
 struct Block {
@@ -86,7 +95,16 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getStream(c10::Device device) const override {
     return c10::Stream(c10::Stream::DEFAULT, device);
   }
+  c10::Stream getNewStream(c10::Device device, int) const override { return getStream(device); }
   c10::Stream exchangeStream(c10::Stream stream) const override { return stream; }
+  // All work is done when a call returns: there is nothing to wait for.
+  void record(void**, const c10::Stream&, const c10::DeviceIndex, const c10::EventFlag) const override {}
+  void block(void*, const c10::Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void synchronizeEvent(void*) const override {}
+  bool queryStream(const c10::Stream&) const override { return true; }
+  void synchronizeStream(const c10::Stream&) const override {}
+  void synchronizeDevice(const c10::DeviceIndex) const override {}
   c10::DeviceIndex deviceCount() const noexcept override {
     const char* count = std::getenv("STANDIN_DEVICES");
     return static_cast<c10::DeviceIndex>(count ? std::atoi(count) : 8);
@@ -176,6 +194,7 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
     ++reads;
   }
   host(to).copy_(host(from));
+  if (!falling_back) check_range("a copy", host(to));
   return to;
 }
 
@@ -228,7 +247,10 @@ void fall_back(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     ~Inside() { falling_back = before; }
   } inside;
   at::native::cpu_fallback(op, stack);
-  look(torch::jit::Stack(stack->end() - op.schema().returns().size(), stack->end()));
+  const torch::jit::Stack results(stack->end() - op.schema().returns().size(), stack->end());
+  look(results);
+  for (const auto& result : results)
+    if (result.isTensor() && result.toTensor().device().type() == NEURON) check_range(name, host(result.toTensor()));
 }
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
