@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llama.capabilities import TABLE, Kind
+from llama.capabilities import TABLE, Abilities, Kind
+from llama.capabilities import kind as kind_of
 
 # Dense bf16 peaks in TFLOP/s, from the makers' data sheets: (part of the device's name, peak), first match wins.
 _CUDA_PEAKS = (
@@ -44,6 +45,11 @@ class Device:
     """Published dense bf16 FLOP/s of one rank; None where nobody publishes it, as for CPUs."""
     float64: bool = True
     """Whether the device computes in 64 bits; Trainium makes them 32 without saying so."""
+
+    @property
+    def able(self) -> Abilities:
+        """This kind of device's column in the table of what each can do."""
+        return TABLE[kind_of(self.type)]
 
     @property
     def wide(self) -> torch.dtype:

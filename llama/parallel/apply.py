@@ -139,7 +139,7 @@ def parallelize(
         if part.head is not None:
             part.head.loss_chunk = t.loss_chunk
             # Where shapes must stay as they are, or all is trained, the untrained positions are not left out.
-            part.head.skip_untrained = recipe.chat is not None and device.type != "neuron"
+            part.head.skip_untrained = recipe.chat is not None and device.able.skips_untrained
         if p.tensor_parallel > 1:
             tensor_parallel(part, mesh.tp, p.sequence_parallel)
         if t.activation_checkpointing == "selective":  # inside the graph, whose operators it chooses from

@@ -126,7 +126,7 @@ class Sampler:
         """
         train, length = self.recipe.train, self.recipe.data.seq_length
         piped = self.recipe.parallel.pipeline_parallel > 1
-        if not piped and not train.compile and self.device.type != "neuron":
+        if not piped and not train.compile and self.device.able.dynamic_shapes:
             unit = ROUND * self.recipe.parallel.tensor_parallel
             length = min(length, -(-max(map(len, texts)) // unit) * unit)
         count = self.model.mesh.layout.accumulation if piped else -(-len(texts) // train.micro_batch_size)

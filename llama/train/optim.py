@@ -30,9 +30,7 @@ def build_optimizer(model: ParallelLlama, recipe: Recipe, device: Device) -> tor
     ]
     # A pipeline stage may hold no norm, or be frozen whole.
     groups = [group for group in groups if group["params"]] or groups[:1]
-    if (
-        recipe.train.precision == "bf16_sr" and device.type != "neuron"
-    ):  # there the runtime rounds stochastically itself
+    if recipe.train.precision == "bf16_sr" and not device.able.rounds_itself:
         # Both copies of a tied embedding round by one name, or they would drift apart.
         tied = recipe.model.tie_embeddings
         names = {p: "embed.weight" if tied and name == "head.weight" else name for name, p in named}
