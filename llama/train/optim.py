@@ -30,12 +30,13 @@ def build_optimizer(model: ParallelLlama, recipe: Recipe, device: Device) -> tor
     ]
     # A pipeline stage may hold no norm, or be frozen whole.
     groups = [group for group in groups if group["params"]] or groups[:1]
-    if recipe.train.precision == "bf16_sr" and not device.able.rounds_itself:
+    if recipe.train.precision == "bf16_sr":
         # Both copies of a tied embedding round by one name, or they would drift apart.
         tied = recipe.model.tie_embeddings
         names = {p: "embed.weight" if tied and name == "head.weight" else name for name, p in named}
         dtype = torch.float32 if config.state_dtype == "float32" else torch.bfloat16
-        return StochasticAdamW(groups, config.lr, config.betas, config.eps, dtype, names, recipe.train.seed)
+        seed = None if device.able.rounds_itself else recipe.train.seed
+        return StochasticAdamW(groups, config.lr, config.betas, config.eps, dtype, names, seed)
     kind = {"fused": True} if device.fused_adamw else {"foreach": True}
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, **kind)
 
@@ -130,7 +131,8 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     Without that an update smaller than half a bf16 step is lost whole, and training stalls as the learning rate falls.
     The noise is a pure function of (seed, step, parameter, place of the shard): copies of a weight round alike, and a
-    resumed run rounds as the uninterrupted one.
+    resumed run rounds as the uninterrupted one. Without a seed the device rounds so whatever it makes bf16 (Trainium's
+    runtime does), and a plain copy is all there is to do.
     """
 
     def __init__(
@@ -141,7 +143,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         eps: float,
         state_dtype: torch.dtype,
         names: dict[torch.nn.Parameter, str],
-        seed: int,
+        seed: int | None,
     ):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self.state_dtype, self.names, self.seed = state_dtype, names, seed
@@ -171,6 +173,10 @@ class StochasticAdamW(torch.optim.Optimizer):
         denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
         new = weight.float().mul_(1 - group["lr"] * group["weight_decay"])
         new.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
+        if self.seed is None:
+            for kept, value in ((weight, new), (first, mean), (second, square)):
+                kept.copy_(value)
+            return
         corner = ",".join(str(part.start) for part in box)
         key = f"{self.seed}/{step}/{self.names[parameter]}/{corner}".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")

@@ -159,6 +159,29 @@ def test_tied_copies_on_two_pipeline_ends_go_by_one_name() -> None:
         assert optimizer.names[weight] == name
 
 
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+def test_where_the_device_rounds_moments_are_of_the_type_that_the_recipe_says(kept: str) -> None:
+    """Trainium's runtime rounds what becomes bf16; AdamW of torch would hold moments in bf16, whatever the recipe says."""
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    from llama.train.optim import build_optimizer
+    from tests.dist.layouts import recipe
+
+    start, gradient = (torch.randn(64, 64, generator=_generator(i)).bfloat16() for i in range(2))
+    weight = torch.nn.Parameter(start.clone())
+    model: Any = SimpleNamespace(optimized_parameters=lambda: [("layers.0.w", weight)])
+    config = recipe(train__precision="bf16_sr", optimizer__state_dtype=kept)
+    optimizer = build_optimizer(model, config, replace(find_device("cpu"), type="neuron"))
+    weight.grad = gradient
+    optimizer.step()
+    assert {optimizer.state[weight][key].dtype for key in ("exp_avg", "exp_avg_sq")} == {getattr(torch, kept)}
+    exact = start.float().requires_grad_()
+    exact.grad = gradient.float()
+    torch.optim.AdamW([exact], config.optimizer.lr, config.optimizer.betas, config.optimizer.eps, 0.1).step()
+    torch.testing.assert_close(weight.detach(), exact.detach().bfloat16(), rtol=2**-7, atol=0)
+
+
 def test_the_norm_of_bf16_tensors_is_not_rounded_to_bf16() -> None:
     tensors = [torch.randn(1000, generator=_generator(i)).bfloat16() for i in range(3)]
     exact = sum(float(t.double().square().sum()) for t in tensors)
