@@ -1,162 +1,40 @@
 """What a block holds while it runs forward and backward: its operators one by one, with the tensors that each makes.
 
-As Korthikanti et al. 2022, section 4.1, count a layer's activations, for this network and these operators: RMSNorm, rotation
-and SwiGLU as llama/model has them, in bf16 with an fp32 middle. A tensor is kept for backward until its `free`.
+As Korthikanti et al. 2022, section 4.1, count a layer's activations, for this network and the operators that a CPU has for it
+(a GPU's own RMSNorm keeps less). A tensor is kept for backward until its `free`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from llama.plan.analytic_parts import Held, Linear, Unit, attention_widths
+from llama.plan import analytic_adapter as adapter
+from llama.plan.analytic_operators import (
+    Sizes,
+    join,
+    norm_backward,
+    norm_forward,
+    rotate_backward,
+    rotate_forward,
+    spread,
+)
+from llama.plan.analytic_parts import Held, Linear, Unit
 from llama.plan.analytic_tape import Piece, Tape
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of the tensors of a block on this rank, for one micro-batch."""
-
-    item: int
-    """Of an element that is computed with."""
-    hidden: int
-    """The stream between the blocks, in `item`; under sequence parallelism a rank's part of it."""
-    whole: int
-    """The same over all tensor ranks' tokens."""
-    row: int
-    """One fp32 number for each token of the stream, such as RMSNorm's root."""
-    query: int
-    key: int
-    scores: int
-    """The logarithm of each query's partition, fp32 (flash attention, Dao et al. 2022)."""
-    middle: int
-    """What SwiGLU works on."""
-    tensor: int
-    """Tensor ranks."""
-    sequence: bool
-
-    @property
-    def wide(self) -> int:
-        """The stream in fp32."""
-        return self.hidden * 4 // self.item
-
-
-def sizes(held: Held) -> Sizes:
-    model, tensor, e = held.recipe.model, held.layout.tensor, held.compute
-    heads, query, key = attention_widths(model, tensor)
-    tokens, stream = held.tokens, held.stream
-    return Sizes(
-        e, e * stream * model.hidden_size, e * tokens * model.hidden_size, 4 * stream, e * tokens * query,
-        e * tokens * key, 4 * tokens * heads, e * tokens * model.intermediate_size // tensor, tensor,
-        held.recipe.parallel.sequence_parallel and tensor > 1,
-    )  # fmt: skip
-
-
-def norm_forward(tape: Tape, s: Sizes, at: str, trained: bool, needed: bool) -> None:
-    """x to `at`.out. Kept: x in fp32, the normed x for the weight's gradient, the root."""
-    if s.item == 2:
-        tape.make(**{f"{at}.x": s.wide})
-    tape.make(**{f"{at}.square": s.wide, f"{at}.root": s.row})
-    tape.free(f"{at}.square")
-    tape.make(**{f"{at}.normed": s.wide})
-    if s.item == 2:
-        tape.make(**{f"{at}.scaled": s.wide})
-    tape.make(**{f"{at}.out": s.hidden})
-    tape.free(f"{at}.scaled")
-    if not trained:
-        tape.free(f"{at}.normed")
-    if not needed:
-        tape.free(f"{at}.x", f"{at}.root")
-
-
-def norm_backward(tape: Tape, s: Sizes, at: str, gradient: str, trained: bool) -> None:
-    """The gradient called `gradient` goes; `at`.dx comes."""
-    wide = s.wide
-    if s.item == 2:
-        tape.make(**{f"{at}.g": wide})
-        tape.free(gradient)
-    else:
-        tape.rename(gradient, f"{at}.g")
-    tape.make(**{f"{at}.dnormed": wide})
-    if trained:
-        tape.make(**{f"{at}.product": wide})
-    tape.free(f"{at}.product", f"{at}.normed", f"{at}.g")
-    # Through x · root, and through the root: the mean of squares spreads over the whole row.
-    tape.make(**{f"{at}.d1": wide, f"{at}.d2": wide})
-    tape.free(f"{at}.dnormed", f"{at}.d2")
-    tape.make(**{f"{at}.d2": wide, f"{at}.d3": wide, f"{at}.d4": wide, f"{at}.d5": wide})
-    tape.free(f"{at}.d2", f"{at}.d3", f"{at}.d4", f"{at}.root")
-    tape.make(**{f"{at}.sum": wide})
-    tape.free(f"{at}.d1", f"{at}.d5", f"{at}.x")
-    if s.item == 2:
-        tape.make(**{f"{at}.dx": s.hidden})
-        tape.free(f"{at}.sum")
-    else:
-        tape.rename(f"{at}.sum", f"{at}.dx")
-
-
-def spread(tape: Tape, s: Sizes, old: str, new: str) -> None:
-    """Sequence parallelism's all-gather of the stream (Korthikanti et al. 2022, section 4.2.2): what came over the links
-    is put in order by a copy."""
-    if s.sequence:
-        tape.make(came=s.whole)
-        tape.make(**{new: s.whole})
-        tape.free("came", old)
-    else:
-        tape.rename(old, new)
-
-
-def join(tape: Tape, s: Sizes, old: str, new: str) -> None:
-    """Sum of the tensor ranks' parts: a reduce-scatter along the sequence, or an all-reduce."""
-    if s.tensor == 1:
-        tape.rename(old, new)
-    elif s.sequence:
-        tape.make(ordered=s.whole)
-        tape.make(**{new: s.hidden})
-        tape.free("ordered", old)
-    else:
-        tape.make(**{new: s.whole})
-        tape.free(old)
-
-
-def rotate_forward(tape: Tape, s: Sizes, of: str, size: int) -> None:
-    """`of` to `of`.turned: four half products in fp32, joined. Nothing is kept but cosines and sines."""
-    half = size * 4 // s.item // 2
-    if s.item == 2:
-        tape.make(wide=2 * half)
-    tape.make(a=half, b=half, first=half)
-    tape.free("a", "b")
-    tape.make(a=half, b=half, second=half)
-    tape.free("a", "b")
-    if s.item == 2:
-        tape.make(joined=2 * half)
-        tape.free("first", "second")
-    tape.make(**{f"{of}.turned": size})
-    tape.free("first", "second", "joined", "wide")
-
-
-def rotate_backward(tape: Tape, s: Sizes, of: str, size: int) -> None:
-    """The gradient of `of`.turned to that of `of`, both called d`of`."""
-    half = size * 4 // s.item // 2
-    if s.item == 2:
-        tape.make(wide=2 * half)
-        tape.free(f"d{of}")
-    else:
-        tape.rename(f"d{of}", "wide")
-    tape.make(a=half, b=half, c=half, d=half)
-    tape.free("a", "b", "c", "d", "wide")
-    tape.make(**{f"d{of}": size})
 
 
 def block_forward(tape: Tape, held: Held, unit: Unit, s: Sizes, until_kept: bool = False) -> None:
     """x to `out`; what stays on the tape beside it is kept for backward. `until_kept`: as recomputation has it, up to the
     last tensor that backward needs."""
     q, k, v, o, gate, up, down = unit.linears
-    first, second = (
-        w.trained for w in unit.weights if w.whole and w.columns == 1 and w.rows == held.recipe.model.hidden_size
-    )
+    first, second = (w.trained for w in unit.weights if w.norm)
+
+    def product(linear: Linear, name: str, size: int) -> None:
+        tape.make(**{name: size})
+        adapter.forward(tape, held, s, linear)
+
     norm_forward(tape, s, "n1", first, q.input_gradient)
     spread(tape, s, "n1.out", "n1.in")
-    tape.make(q=s.query, k=s.key, v=s.key)
+    product(q, "q", s.query)
+    product(k, "k", s.key)
+    product(v, "v", s.key)
     if not any(map(_needs_input, (q, k, v))):
         tape.free("n1.in")
     rotate_forward(tape, s, "q", s.query)
@@ -165,7 +43,7 @@ def block_forward(tape: Tape, held: Held, unit: Unit, s: Sizes, until_kept: bool
     tape.make(attention=s.query, scores=s.scores)
     if not unit.attention_backward:
         tape.free("q.turned", "k.turned", "v", "scores")
-    tape.make(o=s.whole)
+    product(o, "o", s.whole)
     if not (unit.attention_backward or _needs_input(o)):
         tape.free("attention")
     join(tape, s, "o", "o.joined")
@@ -173,16 +51,20 @@ def block_forward(tape: Tape, held: Held, unit: Unit, s: Sizes, until_kept: bool
     tape.free("o.joined")
     norm_forward(tape, s, "n2", second, gate.input_gradient)
     spread(tape, s, "n2.out", "n2.in")
-    tape.make(gate=s.middle, silu=s.middle, up=s.middle, h=s.middle)
+    product(gate, "gate", s.middle)
+    tape.make(silu=s.middle)
+    product(up, "up", s.middle)
+    tape.make(h=s.middle)
     if not any(map(_needs_input, (gate, up))):
         tape.free("n2.in")
     if not down.input_gradient:
         tape.free("gate", "silu", "up")
     if until_kept:
+        adapter.forward(tape, held, s, down)
         if s.item == 2:
             tape.free("x1")
         return
-    tape.make(down=s.whole)
+    product(down, "down", s.whole)
     if not _needs_input(down):
         tape.free("h")
     join(tape, s, "down", "down.joined")
@@ -200,11 +82,12 @@ def block_backward(tape: Tape, held: Held, unit: Unit, s: Sizes, weights: str) -
     """From what `block_forward` kept and the gradient `g` of its output to `g` of its input. `weights`: where gradients of
     weights go: gathered (FSDP scatters them later), gradients (the first ones stay) or added (to those that are there)."""
     q, k, v, o, gate, up, down = unit.linears
-    first, second = (
-        w.trained for w in unit.weights if w.whole and w.columns == 1 and w.rows == held.recipe.model.hidden_size
-    )
+    first, second = (w.trained for w in unit.weights if w.norm)
 
-    def norm(at: str, gradient: str, trained: bool) -> None:
+    def norm(at: str, gradient: str, trained: bool, needed: bool) -> None:
+        if not needed:
+            tape.free(gradient)
+            return
         norm_backward(tape, s, at, gradient, trained)
         if trained and weights != "added":
             tape.make(
@@ -225,6 +108,7 @@ def block_backward(tape: Tape, held: Held, unit: Unit, s: Sizes, weights: str) -
             tape.make(**{into: size})
         if weights == "added":
             tape.free(name)
+        adapter.backward(tape, held, s, of, weights)
         tape.free(gradient)
 
     # Feed-forward.
@@ -246,7 +130,7 @@ def block_backward(tape: Tape, held: Held, unit: Unit, s: Sizes, weights: str) -
     tape.make(dn=s.whole)
     tape.free("d1", "d2", "n2.in")
     join(tape, s, "dn", "dn.joined")
-    norm("n2", "dn.joined", second)
+    norm("n2", "dn.joined", second, gate.input_gradient)
     tape.make(g1=s.hidden)
     tape.free("g", "n2.dx", "x1", "g2")
     # Attention.
@@ -269,7 +153,7 @@ def block_backward(tape: Tape, held: Held, unit: Unit, s: Sizes, weights: str) -
     tape.make(dn=s.whole)
     tape.free("d12", "d3", "n1.in")
     join(tape, s, "dn", "dn.joined")
-    norm("n1", "dn.joined", first)
+    norm("n1", "dn.joined", first, q.input_gradient)
     tape.make(g=s.hidden)
     tape.free("g1", "n1.dx")
 
@@ -302,6 +186,7 @@ def pieces(held: Held, unit: Unit, s: Sizes, weights: str) -> tuple[Piece, Piece
         tape.held = frozenset()
     block_backward(tape, held, unit, s, weights)
     tape.free("g", "x1", *KEPT, *JOINED)
+    tape.free(*(name for name in tuple(tape.live) if not name.startswith("w.")))
     most, left = (tuple(a - b for a, b in zip(x, before, strict=True)) for x in (tape.most, tape.now))
     return forward, Piece(most, left)
 

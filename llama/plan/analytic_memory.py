@@ -25,27 +25,28 @@ def step_memory(held: Held) -> Memory:
         if later:
             # Between copies of the shards sums wait in fp32 for the last micro-batch; else they are gradients already.
             waits = held.sharded and held.layout.replicate > 1
-            size = local(held, 4 if waits else held.weights, trained=True)
+            size = local(held, 4 if waits else held.weights, trained=True, padded=True)
             tape.make("activations" if waits else "gradients", gradients=size)
         Walk(tape, held, later).step(held.stages[0])
     update(tape, held)
     return Memory(**dict(zip(PARTS, tape.most, strict=True)))
 
 
-def local(held: Held, item: str | int, trained: bool = False) -> int:
-    """Bytes of this rank's part of all weights, an element taking `item` bytes or that of the weight's field."""
-    total = 0
+def local(held: Held, item: str | int, trained: bool = False, padded: bool = False) -> int:
+    """Bytes of this rank's part of all weights, an element taking `item` bytes or that of the weight's field. `padded`: as
+    FSDP holds them, every rank as much as the first."""
+    total, shard = 0, held.layout.shard if held.sharded else 1
     for unit in held.units:
         for w in unit.weights:
             if w.trained or not trained:
                 size = item if isinstance(item, int) else getattr(w, item)
-                total += size * (w.shard(held.layout.shard, held.shard_rank) if held.sharded else w.size)
+                total += size * (w.padded(shard) if padded else w.shard(shard, held.shard_rank if shard > 1 else 0))
     return total
 
 
 def persistent(tape: Tape, held: Held) -> None:
     """What lives through the whole run."""
-    tape.make("weights", weights=local(held, "item"), buffers=sum(unit.buffers for unit in held.units))
+    tape.make("weights", weights=local(held, "item", padded=True), buffers=sum(unit.buffers for unit in held.units))
     counters = 4 * sum(w.trained for unit in held.units for w in unit.weights)
     tape.make("optimizer", moments=2 * local(held, held.moments, trained=True) + counters)
     tape.make(batches=BATCH_BYTES * held.tokens * held.layout.accumulation)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from llama.plan.analytic_block import Sizes, sizes
 from llama.plan.analytic_memory import local
+from llama.plan.analytic_operators import Sizes, sizes
 from llama.plan.analytic_parts import Held, Unit
 from llama.plan.analytic_products import chunks
 from llama.plan.analytic_traffic import gathers
@@ -74,6 +74,9 @@ def _block(held: Held, unit: Unit, s: Sizes) -> tuple[int, int]:
         if linear.adapter:
             moved += 3 * held.tokens * (linear.adapter * 4 + linear.out) * s.item
             operators += 12
+            if held.recipe.lora.dropout:  # some fifteen steps of a hash in int32, read and written
+                moved += 120 * held.tokens * linear.width
+                operators += 24
     return moved, operators
 
 

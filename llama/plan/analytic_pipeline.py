@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 from llama.config import ZERO_BUBBLE, Parallel
-from llama.plan.analytic_block import input_piece, sizes
+from llama.plan.analytic_block import input_piece
+from llama.plan.analytic_operators import sizes
 from llama.plan.analytic_parts import BATCH_BYTES, Held, Stage
 from llama.plan.analytic_tape import Bytes, Piece, Tape
 from llama.plan.analytic_walk import Walk

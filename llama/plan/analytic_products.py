@@ -7,6 +7,7 @@ where the last tensor that backward needs is there: before the product that ends
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -14,8 +15,9 @@ from llama.plan.analytic_parts import Held, Linear, Unit, attention_widths
 from llama.plan.counts import Product
 from llama.targets import HEAD
 
-Shape = tuple[int, int, int]
-"""(m, k, n) of (m, k) x (k, n)."""
+Shape = tuple[int, ...]
+"""(m, k, n) of (m, k) x (k, n); a fourth number says that it is computed in fp32 whatever the rest is."""
+FP32 = 4
 
 
 def step_products(held: Held) -> tuple[Product, ...]:
@@ -30,7 +32,10 @@ def step_products(held: Held) -> tuple[Product, ...]:
             for kind, calls in kernels_of.items():
                 kernels[kind] += calls * times * micro_batches
     dtype = "float32" if held.compute == 4 else "bfloat16"
-    found = [Product("mm", (1, m, k, n), dtype, calls, 2 * m * k * n * calls) for (m, k, n), calls in shapes.items()]
+    found = [
+        Product("mm", (1, *shape[:3]), "float32" if len(shape) > 3 else dtype, calls, 2 * math.prod(shape[:3]) * calls)
+        for shape, calls in shapes.items()
+    ]
     model, heads = held.recipe.model, attention_widths(held.recipe.model, held.layout.tensor)[0]
     rows, length = held.recipe.train.micro_batch_size, held.recipe.data.seq_length
     kernel = (rows, heads, length, length, model.head_size)
@@ -79,8 +84,9 @@ def _lengths(held: Held, linear: Linear) -> Iterator[Shape]:
     if held.recipe.lora.dora:
         rank = linear.adapter
         yield linear.out, linear.width, rank
-        yield rank, linear.width, rank
-        yield linear.out, rank, rank
+        wide = () if held.compute == FP32 else (FP32,)
+        yield rank, linear.width, rank, *wide
+        yield linear.out, rank, rank, *wide
 
 
 def _backward(held: Held, linear: Linear) -> Iterator[Shape]:

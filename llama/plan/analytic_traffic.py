@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import cache
 
+from llama.config import Parallel
 from llama.plan.analytic_parts import Held, Linear, Stage, Unit
+from llama.plan.analytic_pipeline import step_order
 from llama.plan.analytic_products import chunks
 from llama.plan.counts import Collective, Kind
-from llama.targets import HEAD
+from llama.targets import HEAD, ROW_PARALLEL
 
 Calls = Counter[tuple[Kind, str, int, int]]
 """(kind, axis, ranks, bytes of one call) to calls."""
@@ -64,6 +67,10 @@ def _tensor(held: Held, stage: Stage) -> Calls:
     for unit, times in Counter(stage.blocks).items():
         spread(2 * times)  # into attention and MLP
         join(2 * times)  # out of o and down
+        again = 2 if mode != "none" else 1
+        for linear in unit.linears:  # DoRA's lengths of rows that lie over all ranks, fp32 (Adapter.ratio)
+            if held.recipe.lora.dora and linear.adapter and linear.name in ROW_PARALLEL:
+                calls["all_reduce", "tp", ranks, 4 * linear.out] += again * times * micro_batches
         backward = unit.trains or any(linear.input_gradient for linear in unit.linears)
         if backward:
             into = sum(linear.input_gradient for linear in unit.linears if linear.name in ("attention.q", "mlp.gate"))
@@ -112,7 +119,9 @@ def gathers(held: Held, stage: Stage, unit: Unit) -> int:
     if held.layout.pipeline > 1:
         # Whole until the step's end; else freed after each forward and gathered by the next, or by the backward that
         # comes before it, which frees nothing.
-        return micro_batches + 1 if reshard and unit.kind in ("embed", "block") else 1
+        if reshard and unit.kind in ("embed", "block"):
+            return micro_batches + 1
+        return rounds(held.recipe.parallel, micro_batches, held.stage_rank)[stage.index]
     if unit.kind == "root":
         return micro_batches
     if unit.kind == "head":
@@ -121,6 +130,23 @@ def gathers(held: Held, stage: Stage, unit: Unit) -> int:
         ahead = first.kind == "embed" and first.trains and micro_batches > 1
         return micro_batches + (1 if ahead else 0)
     return micro_batches * (2 if reshard else 1)
+
+
+ACTIVE = 3
+"""Stages of a rank that torch's looped schedules keep gathered: those that work next (_add_unshard_reshard)."""
+
+
+@cache
+def rounds(parallel: Parallel, micro_batches: int, rank: int) -> Counter[int]:
+    """How often each stage on a pipeline rank is gathered in a step."""
+    found: Counter[int] = Counter()
+    order = [action.stage for action in step_order(parallel, micro_batches)[rank]]
+    active: list[int] = []
+    for i in range(len(order)):
+        following = list(dict.fromkeys(order[i:]))[:ACTIVE]
+        found.update(stage for stage in following if stage not in active)
+        active = following
+    return found
 
 
 def _data(held: Held, stage: Stage) -> Calls:

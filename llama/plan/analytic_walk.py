@@ -6,7 +6,8 @@ Between units stand FSDP2's gathering and scattering, with the buffers that torc
 
 from __future__ import annotations
 
-from llama.plan.analytic_block import join, keeps_input, norm_backward, norm_forward, pieces, sizes, spread
+from llama.plan.analytic_block import keeps_input, pieces
+from llama.plan.analytic_operators import join, norm_backward, norm_forward, sizes, spread
 from llama.plan.analytic_parts import Held, Stage, Unit
 from llama.plan.analytic_tape import Piece, Tape
 from llama.targets import HEAD
@@ -163,7 +164,7 @@ class Walk:
         """Norm, logits and loss, a chunk of tokens at a time; both gradients are formed on the spot."""
         tape, s, held = self.tape, self.sizes, self.held
         linear = next(linear for linear in unit.linears if linear.name == HEAD)
-        norm = next(w for w in unit.weights if w.whole)
+        norm = next(w for w in unit.weights if w.norm)
         norm_forward(tape, s, "n", norm.trained, linear.input_gradient)
         spread(tape, s, "n.out", "n.in")
         rows, wide = linear.out, 4 * linear.out * linear.width
@@ -198,7 +199,7 @@ class Walk:
     def output_backward(self, unit: Unit, name: str) -> None:
         tape, s = self.tape, self.sizes
         linear = next(linear for linear in unit.linears if linear.name == HEAD)
-        norm = next(w for w in unit.weights if w.whole)
+        norm = next(w for w in unit.weights if w.norm)
         if linear.input_gradient:
             tape.make(dh=s.whole)
         if linear.trained:
