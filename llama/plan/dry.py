@@ -8,9 +8,14 @@ optimizer, once to warm up and then watched operator by operator (llama/plan/dry
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import multiprocessing
+import os
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 
+from data_prep.errors import UserError
 from llama import recipe as recipes
 from llama.checkpoint_format import TrainState
 from llama.config import Recipe
@@ -25,6 +31,7 @@ from llama.data.batches import Batch
 from llama.device import Device, find_device
 from llama.parallel import shards
 from llama.parallel.apply import parallelize
+from llama.parallel.fsdp import modules
 from llama.parallel.mesh import Mesh, build_mesh
 from llama.parallel.pipeline import Pipeline
 from llama.plan.counts import Counts, Memory
@@ -35,6 +42,8 @@ from llama.train.optim import build_optimizer
 
 BATCH_BYTES = 8 + 8 + 4 + 4
 """Of one token of a Batch."""
+ENOUGH = 4
+"""Micro-batches of a step without a pipeline that are run; of more the third is known to be like those that follow."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,10 @@ class Rehearsal:
             with _boxes_apart():
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            for part in self.model.parts:  # so FSDP pads what it cuts unevenly, as in a first step
+                for module in modules(part):
+                    module.unshard()
+                    module.reshard()
         for _, parameter in self.named:
             parameter.register_post_accumulate_grad_hook(lambda p: self._is_gradient(p.grad))
         nobody: Any = SimpleNamespace(seconds=0.0, wanted=lambda needed: False)
@@ -169,6 +182,7 @@ def _boxes_apart() -> Iterator[None]:
 @contextmanager
 def pretended(world: int, rank: int) -> Iterator[None]:
     """This process as `rank` of a fake process group: collectives return at once and send nothing."""
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "a count needs a process that has joined no other"
@@ -177,6 +191,7 @@ def pretended(world: int, rank: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # what DTensor remembers names groups that are gone
 
 
 def count(recipe: Recipe, world: int, rank: int = 0, device: str = "cpu") -> Counts:
@@ -205,35 +220,76 @@ def count(recipe: Recipe, world: int, rank: int = 0, device: str = "cpu") -> Cou
         )
 
 
+def count_ranks(recipe: Recipe, world: int, ranks: Sequence[int], device: str = "cpu") -> list[Counts]:
+    """`count` of several ranks, each in a process of its own, as many at a time as there are cores.
+
+    Raises UserError for a layout that does not fit and when a process dies, RuntimeError that names the rank when its
+    step fails.
+    """
+    where = f"{world} ({recipes.lay_out(recipe, world).name})"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+
+    def one(rank: int) -> Counts:
+        receive, send = context.Pipe(duplex=False)
+        process = context.Process(target=_child, args=(send, recipe, world, rank, device), daemon=True)
+        process.start()
+        send.close()
+        try:
+            found = receive.recv()
+        except EOFError:
+            raise UserError(
+                f"the process that counted the step of rank {rank} of {where} died, as happens when memory runs out; "
+                "free some and try again",
+                1,
+            ) from None
+        finally:
+            process.join()
+        if isinstance(found, str):
+            raise RuntimeError(f"the step of rank {rank} of {where} could not be counted:\n{found}")
+        assert isinstance(found, Counts)
+        return found
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        return list(threads.map(one, ranks))
+
+
+def _child(pipe: Connection, recipe: Recipe, world: int, rank: int, device: str) -> None:
+    torch.set_num_threads(1)
+    try:
+        pipe.send(count(recipe, world, rank, device))
+    except Exception:
+        pipe.send(traceback.format_exc())
+
+
 def _whole_step(rehearsal: Rehearsal, micro_batches: int) -> tuple[Tally, Memory]:
     """A step of `micro_batches`, of which only some are run where the others are known to do the same.
 
     Without a pipeline that is every one but the first two and the last (FSDP gathers otherwise in the first two). With
     one they come in rounds of its length, and from its third round on nothing is new.
     """
-    pipeline = rehearsal.mesh.layout.pipeline
+    pipeline, recipe = rehearsal.mesh.layout.pipeline, rehearsal.recipe
     if pipeline == 1:
-        run = min(micro_batches, 4)
+        run = min(micro_batches, ENOUGH)
         tally, memory = rehearsal.step(run)
         if micro_batches > run:
             tally = tally.extended(rehearsal.cuts[2], rehearsal.cuts[3], micro_batches - run, 1)
-    else:
-        run = min(micro_batches, 3 * pipeline)
-        shorter, memory_shorter = rehearsal.step(run if run < 3 * pipeline else 2 * pipeline)
-        tally, memory = rehearsal.step(run)
-        if micro_batches > run:
-            tally = tally.extended(shorter, tally, micro_batches - run, pipeline)
-            memory = _grown(memory_shorter, memory, micro_batches - run, pipeline)
-    recipe = rehearsal.recipe
-    batches = (micro_batches - run) * BATCH_BYTES * recipe.train.micro_batch_size * recipe.data.seq_length
-    return tally, replace(memory, activations=memory.activations + batches)
+            # The whole step's batches are on the device from its beginning.
+            batches = (micro_batches - run) * BATCH_BYTES * recipe.train.micro_batch_size * recipe.data.seq_length
+            memory = replace(memory, activations=memory.activations + batches)
+        return tally, memory
+    run = min(micro_batches, max(3 * pipeline, ENOUGH))
+    shorter, memory_shorter = rehearsal.step(run if run == micro_batches else run - pipeline)
+    tally, memory = rehearsal.step(run)
+    if micro_batches > run:
+        tally = tally.extended(shorter, tally, micro_batches - run, pipeline)
+        memory = _grown(memory_shorter, memory, micro_batches - run, pipeline)
+    return tally, memory
 
 
 def _grown(before: Memory, after: Memory, steps: int, each: int) -> Memory:
-    """The peak of a step `steps` micro-batches longer than that of `after`, which is `each` longer than `before`'s: GPipe
-    holds something for every one."""
-    if after.peak <= before.peak:
-        return after
+    """The peak of a step `steps` micro-batches longer than that of `after`, which is `each` longer than `before`'s: every
+    schedule has all batches on the device, and GPipe holds activations for each."""
     return Memory(
         **{name: value + (value - getattr(before, name)) * steps // each for name, value in vars(after).items()}
     )
