@@ -20,6 +20,10 @@ VERBS = {
         "launch.sweep",
         "A run for each combination of values, compared: herd sweep smollm2_chat lora.rank=8,16 optimizer.lr=1e-5,1e-4",
     ),
+    "plan": (
+        "launch.plan",
+        "Does it fit, how long does it take, what is best: herd plan llama3.1_8b_trn2 --nodes 4 --node-type trn2.48xlarge",
+    ),
     "compile": ("launch.compile", "Compile a recipe's graphs ahead of its run: herd compile tiny_cpu --processes 4"),
     "prep": (
         "launch.prep",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
@@ -87,6 +88,7 @@ def orders(parallel: Parallel, micro_batches: int) -> list[list[Action]]:
     return found
 
 
+@cache
 def _looped(parallel: Parallel, micro_batches: int) -> list[list[Action]]:
     """As torch lays a looped schedule out, asked with stages that have a place and nothing else."""
     from llama.parallel.pipeline import SCHEDULES, rank_stages
