@@ -104,7 +104,7 @@ def check(wanted: Wanted) -> Plan:
             arguments = ask_shell(wanted.recipe, wanted.overrides, node_type)
         recipe = recipes.load(arguments[0], arguments[1:])
         for doubt in capabilities.check(recipe, capabilities.kind(node_type)):
-            click.echo(f"herd: {doubt}", err=True)
+            click.echo(f"herd: warning: {doubt}", err=True)
         layout = _lay_out(recipe, wanted.nodes, ranks)
         check_inputs(recipe)
         run = RunFolder(Path(recipe.folder).absolute())

@@ -159,10 +159,10 @@ class StochasticAdamW(torch.optim.Optimizer):
     def _update(self, parameter: torch.nn.Parameter, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=self.state_dtype)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.state_dtype)
-        state["step"] += 1
+        state["step"] = state["step"] + 1  # anew: a dry run knows the values of such tensors alone
         step, (beta1, beta2) = int(state["step"]), group["betas"]
         weight, box = local_part(parameter)
         assert parameter.grad is not None

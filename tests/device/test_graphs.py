@@ -262,8 +262,9 @@ KNOWN = {
     ("int64", "neg", "llama/model/loss.py _likeliest"),
     ("int64", "masked_fill", "llama/model/loss.py _likeliest"),
     ("int64", "allreduce_", "llama/parallel/tensor.py SharedVocabulary.maximum"),
-    # foreach AdamW counts its steps on the host.
+    # Both AdamWs count their steps on the host.
     ("host sync", "_local_scalar_dense", "llama/train/loop.py Trainer.step"),
+    ("host sync", "_local_scalar_dense", "llama/train/optim.py StochasticAdamW._update"),
 }
 """What is called outside of graphs and would be a fault inside: all of it, each with why it may stay."""
 

@@ -22,15 +22,18 @@ RECIPES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(CONFIG
 STATED = {name: [int(count) for count in NODES.findall(text)[0][0].split(",")] for name, text in RECIPES.items()}
 
 
-def shallow(recipe: Recipe, layers: int = 2) -> Recipe:
-    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"num_layers": layers})})
+def short(recipe: Recipe, world: int) -> Recipe:
+    """The recipe with two layers and two micro-batches a step."""
+    batch = 2 * lay_out(recipe, world).data * recipe.train.micro_batch_size
+    changes = {"model": {"num_layers": 2}, "train": {"global_batch_size": batch}}
+    return recipe.model_copy(update={key: getattr(recipe, key).model_copy(update=new) for key, new in changes.items()})
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_code_steps_on_as_many_ranks_as_the_recipe_states_at_most(name: str) -> None:
-    recipe, world = shallow(load(name)), STATED[name][-1] * RANKS
-    counted = count(recipe, world, world - 1, "neuron")
+    recipe, world = load(name), STATED[name][-1] * RANKS
     layout = lay_out(recipe, world)
+    counted = count(short(recipe, world), world, world - 1, "neuron")
     sizes = {collective.axis: collective.ranks for collective in counted.collectives}
     assert sizes == {"tp": layout.tensor, "dp_shard": layout.shard, "world": world}
     kinds = {collective.kind for collective in counted.collectives}
@@ -38,7 +41,7 @@ def test_the_code_steps_on_as_many_ranks_as_the_recipe_states_at_most(name: str)
 
 
 def test_the_code_steps_at_full_depth_too() -> None:
-    recipe = load("llama3.2_1b_trn2")
+    recipe = load("llama3.2_1b_trn2", ["train.global_batch_size=32"])
     counted, foreseen = count(recipe, RANKS, 0, "neuron"), foresee(recipe, RANKS)
     assert counted.memory.peak == pytest.approx(foreseen.memory.peak, rel=0.1)
     assert counted.memory.peak < NODE.memory
