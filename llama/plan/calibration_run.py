@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class Timed(Counting):
     """Counts operators, and adds up their work and seconds by what they are: a CPU's kernels have run when they return."""
 
     def __init__(self) -> None:
-        alone: Any = None
+        alone: Any = SimpleNamespace(everyone=False)  # nobody to tell anything
         super().__init__(alone, Live(), None)
         self.spent: dict[tuple[str, ...], list[float]] = {}
 
@@ -208,7 +209,7 @@ def updates(bench: Bench, rows: int = 2048, width: int = 1024) -> dict[str, Tabl
             groups = [{"params": [weight], "weight_decay": 0.1}]
             optimizer = StochasticAdamW(groups, 1e-3, (0.9, 0.95), 1e-8, torch.float32, {weight: "w"}, 0)
         optimizer.step()
-        alone: Any = None
+        alone: Any = SimpleNamespace(everyone=False)  # nobody to tell anything
         with Counting(alone, Live(), None) as counting:
             optimizer.step()
         moved = counting.tally.other["moved"]
@@ -255,19 +256,23 @@ def _message(kind: str, size: int, ranks: int, group: Any, bench: Bench) -> Call
     return exchange
 
 
-def tiny(**parallel: Any) -> Recipe:
+def tiny(checkpointing: str = "none", **parallel: Any) -> Recipe:
     """A recipe in which there is nothing to do but to call operators."""
     return Recipe.model_validate(
         {
             "name": "tiny", "model": shape(32, 64, 256).model_dump(), "data": {"seq_length": 32},
-            "train": {"steps": 1, "global_batch_size": dist.get_world_size(), "precision": "bf16_mixed"}, "parallel": parallel,
+            "train": {
+                "steps": 1, "global_batch_size": dist.get_world_size(), "precision": "bf16_mixed",
+                "activation_checkpointing": checkpointing,
+            },
+            "parallel": parallel,
         }
     )  # fmt: skip
 
 
-def overhead(bench: Bench, rates: Rates, **parallel: Any) -> float:
+def overhead(bench: Bench, rates: Rates, checkpointing: str = "none", **parallel: Any) -> float:
     """Seconds of an operator of the whole trainer's step under a layout, apart from what ranks tell each other."""
-    recipe = tiny(**parallel)
+    recipe = tiny(checkpointing, **parallel)
     laid = layout(recipe, bench.world)
     rehearsal = Rehearsal(recipe, build_mesh(laid, bench.device.type), bench.device, None)
     rehearsal.step(laid.accumulation)
@@ -308,6 +313,7 @@ def measure(device: Device, window: float) -> Rates:
         part = (bench.world - 1) / bench.world
         rates = replace(rates, link=part * large / last, latency=first / math.ceil(math.log2(bench.world)))
     rates.operator["sharded"] = rates.operator["tensor"] = overhead(bench, rates)
+    rates.operator["selective"] = max(0.0, overhead(bench, rates, "selective") - rates.operator["sharded"])
     if (ranks := math.gcd(bench.world, 4)) > 1:  # the tiny network has four key/value heads
         rates.operator["tensor"] = overhead(bench, rates, tensor_parallel=ranks)
     words = f"measured on {rates.host} with {bench.world} process{'es' * (bench.world > 1)}"

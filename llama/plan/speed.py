@@ -54,7 +54,8 @@ class Rates:
     that rounds stochastically."""
     operator: dict[str, float]
     """Seconds that a call of an operator costs at least, its part of Python and autograd included: `plain`, under FSDP
-    (`sharded`), and under tensor parallelism, where it is one on DTensors first (`tensor`)."""
+    (`sharded`), and under tensor parallelism, where it is one on DTensors first (`tensor`). Beside these, what selective
+    checkpointing takes to decide on it (`selective`)."""
     collectives: dict[str, Table]
     """By kind and ranks, as in `all_reduce 4`: bytes of a call, seconds. What is missing is reckoned from the links."""
     link: float
@@ -165,7 +166,7 @@ def rates_of(node: NodeType, mfu: float | None = None) -> Rates:
             for dtype, rate in peaks.items() for kind in ("attention", "attention_backward")
         },
         bandwidth=dict.fromkeys((*peaks, "update", "update_sr"), ((1.0, node.bandwidth),)),
-        operator=dict.fromkeys(("plain", "sharded", "tensor"), LAUNCH), collectives={}, link=node.link, network=node.network,
+        operator=dict.fromkeys(("plain", "sharded", "tensor", "selective"), LAUNCH), collectives={}, link=node.link, network=node.network,
         latency=node.latency, reading=0.0, base=RUNTIME, overlaps=True,
     )  # fmt: skip
 
@@ -179,7 +180,10 @@ def step_time(
     multiplied = sum(product_seconds(p, rates) for p in counts.products if p.kind == "mm")
     attention = sum(product_seconds(p, rates) for p in counts.products if p.kind != "mm")
     updating = update_seconds(counts, recipe, rates)
-    launching = counts.operators * compiled * rates.operator[_operators(recipe, layout)]
+    call = rates.operator[_operators(recipe, layout)]
+    if recipe.train.activation_checkpointing == "selective" and compiled == 1.0:  # a graph has it decided once
+        call += rates.operator.get("selective", 0.0)
+    launching = counts.operators * compiled * call
     moved = max(0, counts.moved - _updated(counts, recipe, rates)[1]) * compiled
     dtype = "float32" if recipe.train.precision == "fp32" else "bfloat16"
     moving = moved / at(rates.bandwidth[dtype], counts.moved / max(1, counts.operators)) + updating
