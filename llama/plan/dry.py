@@ -77,14 +77,15 @@ class Rehearsal:
     def __init__(self, recipe: Recipe, mesh: Mesh, device: Device, fake: Weightless | None):
         self.recipe, self.mesh, self.device, self.fake = recipe, mesh, device, fake
         self.live = Live()
-        self.counting = Counting(Groups(mesh), self.live, fake)
+        groups = Groups(mesh)
+        self.counting = Counting(groups, self.live, fake)
         self.model = parallelize(recipe, mesh, device, unfilled=fake)
         self.named = self.model.optimized_parameters()
         with fake or nullcontext():
             optimizer = build_optimizer(self.model, recipe, device)
             for _, parameter in self.named:  # from the second step on the moments are there
                 parameter.grad = torch.zeros_like(parameter)
-            with _boxes_apart():
+            with _boxes_apart(), self.counting:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             for part in self.model.parts:  # so FSDP pads what it cuts unevenly, as in a first step
@@ -95,7 +96,7 @@ class Rehearsal:
             parameter.register_post_accumulate_grad_hook(lambda p: self._is_gradient(p.grad))
         nobody: Any = SimpleNamespace(seconds=0.0, wanted=lambda needed: False)
         self.trainer = _Watched(recipe, device, self.model, optimizer, nobody, nobody, TrainState(), nobody, nobody)
-        self.trainer.groups = self.counting.groups
+        self.trainer.groups = groups
         self.cuts: list[Tally] = []
         """What was counted when each micro-batch's forward began, of the last step without a pipeline."""
         if self.model.pipeline is None:

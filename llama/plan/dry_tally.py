@@ -206,7 +206,7 @@ class Counting(TorchDispatchMode):
 
     _operators: dict[Any, _Operator] = {}  # noqa: RUF012
 
-    def __init__(self, groups: Groups, live: Live, fake: Weightless | None):
+    def __init__(self, groups: Groups | None, live: Live, fake: Weightless | None):
         super().__init__()
         self.groups, self.live, self.fake, self.tally = groups, live, fake, Tally()
 
@@ -248,11 +248,15 @@ class Counting(TorchDispatchMode):
         if does == "nothing":
             return
         if does == "collective":
-            assert operator.kind is not None
+            assert operator.kind is not None and self.groups is not None
             axis, ranks = self.groups.of((*args, *kwargs.values()))
             if ranks > 1:
                 size = max(_size(value) for value in (*args, *kwargs.values(), out))
                 self.tally.collectives[operator.kind, axis, ranks, size] += 1
+            return
+        if (
+            self.groups is not None and self.groups.everyone
+        ):  # tokens are counted on the host, and the sums are four numbers
             return
         self.tally.other["operators"] += 1
         if does == "product":
