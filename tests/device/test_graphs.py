@@ -265,6 +265,9 @@ KNOWN = {
     # Both AdamWs count their steps on the host.
     ("host sync", "_local_scalar_dense", "llama/train/loop.py Trainer.step"),
     ("host sync", "_local_scalar_dense", "llama/train/optim.py StochasticAdamW._update"),
+    # Where a shard lies in the whole is worked out on the host.
+    ("host sync", "_local_scalar_dense", "llama/parallel/shards.py local_part"),
+    ("int64", "index", "llama/parallel/shards.py local_part"),
 }
 """What is called outside of graphs and would be a fault inside: all of it, each with why it may stay."""
 
