@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 LOG = "sweep.log"
 """In a point's folder: what its `herd train` printed."""
-FREE = ("name", "run_dir", "log.", "checkpoint.", "resilience.", "train.steps", "train.epochs", "validation.", "data.prefetch")
+FREE = (
+    "name",
+    "run_dir",
+    "log.",
+    "checkpoint.",
+    "resilience.",
+    "train.steps",
+    "train.epochs",
+    "validation.",
+    "data.prefetch",
+)
 """Keys, or beginnings of keys, in which a point that goes on may differ from its first part."""
 
 

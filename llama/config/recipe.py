@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from llama.config.data import Chat, Data
 from llama.config.lora import Lora
 from llama.config.model import Model
-from llama.config.parallel import Parallel
+from llama.config.parallel import ZERO_BUBBLE, Parallel
 from llama.config.running import Checkpoint, Log, Resilience
 from llama.config.section import Section
 from llama.config.train import Optimizer, Schedule, Train
@@ -99,6 +99,15 @@ class Recipe(Section):
                 raise ValueError(
                     "pipeline_schedule=zbv_zero_bubble cannot take compiled blocks; set train.compile=false"
                 )
+        mode, schedule = train.activation_checkpointing, parallel.pipeline_schedule
+        if parallel.pipeline_parallel > 1 and schedule in ZERO_BUBBLE and mode != "none":
+            why = (
+                "torch cannot run it" if mode == "selective" else "each block would come again for each of its weights"
+            )
+            raise ValueError(
+                f"train.activation_checkpointing={mode} does not go with pipeline_schedule={schedule}, whose backward comes "
+                f"in two halves: {why}; set it to none, or use interleaved_1f1b"
+            )
         if train.global_batch_size % train.micro_batch_size:
             raise ValueError(
                 f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size={train.micro_batch_size}"

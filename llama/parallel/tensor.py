@@ -133,7 +133,10 @@ class Cut(Whole):
     def enter(self, x: torch.Tensor) -> torch.Tensor:
         if not isinstance(x, DTensor):
             x = DTensor.from_local(x, self.mesh, [Replicate()], run_check=False)
-        return x.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+        if not x.placements[0].is_replicate():
+            x = x.redistribute(placements=[Replicate()])
+        # Their gradients stay parts, which are summed once for all linears that read x.
+        return x.to_local(grad_placements=[Partial()])
 
 
 class RowCut(Cut):

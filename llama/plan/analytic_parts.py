@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from llama.config import ZERO_BUBBLE, Model, Recipe
+from llama.config import Model, Recipe
 from llama.freeze import frozen
 from llama.layout import Layout, layout
 from llama.targets import HEAD, HF_MODULES, ROW_PARALLEL, adapted, linear_shape
@@ -142,15 +142,6 @@ class Held:
 def held(recipe: Recipe, world: int, rank: int) -> Held:
     """What `rank` of `world` holds. Raises ValueError as llama.layout.layout does."""
     lay, t, lora = layout(recipe, world), recipe.train, recipe.lora
-    schedule, mode = recipe.parallel.pipeline_schedule, t.activation_checkpointing
-    if lay.pipeline > 1 and schedule in ZERO_BUBBLE and mode != "none":
-        trouble = (
-            "torch refuses it" if mode == "selective" else "each block would be computed again once for each weight"
-        )
-        raise ValueError(
-            f"train.activation_checkpointing={mode} does not go with pipeline_schedule={schedule}, whose backward comes in "
-            f"two halves: {trouble}; set it to none, or use interleaved_1f1b"
-        )
     assert 0 <= rank < world, f"rank {rank} of {world}"
     # Axes, outermost first: pp, dp_replicate, dp_shard, cp, tp (llama/parallel/mesh.py).
     inner = lay.context * lay.tensor

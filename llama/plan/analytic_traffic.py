@@ -6,7 +6,7 @@ from collections import Counter
 from functools import cache
 
 from llama.config import Parallel
-from llama.plan.analytic_parts import Held, Linear, Stage, Unit
+from llama.plan.analytic_parts import Held, Stage, Unit
 from llama.plan.analytic_pipeline import step_order
 from llama.plan.analytic_products import chunks
 from llama.plan.counts import Collective, Kind
@@ -35,15 +35,6 @@ def step_collectives(held: Held) -> tuple[Collective, ...]:
 def _heaviest(call: tuple[tuple[Kind, str, int, int], int]) -> tuple[int, Kind, str, int]:
     (kind, axis, _, size), times = call
     return -size * times, kind, axis, size
-
-
-INTO = ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")
-"""Linears that tensor parallelism cuts along their output."""
-
-
-def _frozen(held: Held, linear: Linear) -> bool:
-    """Whether it is a FrozenLinear (llama/model/lora.py)."""
-    return bool(linear.adapter or held.recipe.lora.quantize)
 
 
 def _tensor(held: Held, stage: Stage) -> Calls:
@@ -78,11 +69,6 @@ def _tensor(held: Held, stage: Stage) -> Calls:
                 linear.input_gradient or linear.trained for linear in unit.linears
                 if linear.name in ("attention.o", "mlp.down")
             )  # fmt: skip
-            # A frozen linear sums the gradient of its input by itself (Cut.enter in llama/parallel/tensor.py).
-            alone = [linear.name for linear in unit.linears if linear.input_gradient and _frozen(held, linear)]
-            calls["all_reduce", "tp", ranks, whole] += times * micro_batches * sum(name in INTO for name in alone)
-            into -= set(INTO[:3]) <= set(alone)  # nothing is left to sum
-            into -= set(INTO[3:]) <= set(alone)
             join(into * times)
             spread(out * times)
             if mode != "none":

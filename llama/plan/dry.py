@@ -25,6 +25,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from data_prep.errors import UserError
 from llama import recipe as recipes
+from llama.capabilities import TABLE
+from llama.capabilities import kind as capabilities_of
 from llama.checkpoint_format import TrainState
 from llama.config import Recipe
 from llama.data.batches import Batch
@@ -57,7 +59,8 @@ class _StandIn(Device):
 def stand_in(kind: str) -> Device:
     """A device of `kind` (cpu, cuda, neuron) for a count."""
     cpu = find_device("cpu")
-    return _StandIn(**vars(cpu) | {"type": kind, "fused_adamw": kind != "neuron"})
+    able = TABLE[capabilities_of(kind)]
+    return _StandIn(**vars(cpu) | {"type": kind, "fused_adamw": able.fused_adamw, "float64": able.float64})
 
 
 class _Watched(Trainer):

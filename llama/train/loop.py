@@ -25,6 +25,7 @@ from llama.parallel.apply import ParallelLlama, parallelize
 from llama.parallel.mesh import build_mesh
 from llama.train.beginning import adapter_reader, check_same_data, describe, settle_order, settle_steps, weights_reader
 from llama.train.checkpoint import Checkpoints
+from llama.train.ending import plan_against_measured
 from llama.train.evaluate import Evaluator
 from llama.train.evaluate_samples import Sampler
 from llama.train.graphs import Graphs
@@ -111,6 +112,8 @@ def train(recipe: Recipe, stop: StopRequest | None = None, graphs: Graphs | None
         stack.callback(metrics.close)
         trainer = Trainer(recipe, device, model, optimizer, checkpoints, metrics, state, stop, place.watchdog, keeps)
         outcome = trainer.run(data, validation)
+        if line := plan_against_measured(recipe, device, trainer.step_seconds):
+            metrics.say(line)
         ended, reason = "stopped" if outcome.stopped_by else "finished", outcome.stopped_by or outcome.given_up
         journal.event("end", step=outcome.step, outcome=ended, reason=reason)
         return outcome

@@ -91,7 +91,7 @@ def test_formulas_give_what_the_dry_run_counts(case: str) -> None:
     assert a.peak == pytest.approx(b.peak, rel=0.05)
     assert mine.moved == pytest.approx(dry.moved, rel=0.2 if tiny.lora.rank else 0.15)
     if not tiny.lora.rank:
-        assert mine.operators == pytest.approx(dry.operators, rel=0.15)
+        assert mine.operators == pytest.approx(dry.operators, rel=0.2)
 
 
 def test_hundreds_of_layouts_of_a_large_model_take_a_moment_and_no_torch() -> None:
@@ -135,7 +135,7 @@ def test_checkpointing_under_zero_bubble_is_refused_with_a_remedy(mode: str) -> 
         "parallel.pipeline_schedule": "interleaved_zero_bubble", "model.num_layers": 4, "train.activation_checkpointing": mode,
     }  # fmt: skip
     with pytest.raises(ValueError, match="none"):
-        foresee(recipe(keys), 2)
+        recipe(keys)
 
 
 def test_a_node_needs_memory_for_each_of_its_processes() -> None:
