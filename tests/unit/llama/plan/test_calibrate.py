@@ -93,3 +93,17 @@ def test_a_process_that_fails_is_told_in_one_line(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HERD_DEVICE", "abacus")
     with pytest.raises(UserError, match=r"calibration failed on rank 0: .*abacus"):
         calibrate.calibrate(1)
+
+
+def test_of_two_measurements_the_one_that_was_not_disturbed_counts() -> None:
+    quiet = rates_of(node_type("8xh100"))
+    disturbed = dataclasses.replace(
+        quiet,
+        products={"bfloat16": ((1.0, 3e13), (8.0, 9e14)), "float32": quiet.products["float32"]},
+        operator={kind: 2 * seconds for kind, seconds in quiet.operator.items()},
+        link=quiet.link / 2,
+    )
+    found = calibrate.better(disturbed, quiet)
+    assert dict(found.products["bfloat16"]) == {1.0: quiet.products["bfloat16"][0][1], 8.0: 9e14}
+    assert found.link == quiet.link and found.operator["plain"] == quiet.operator["plain"]
+    assert found == dataclasses.replace(calibrate.better(quiet, disturbed), source=found.source)
