@@ -2,8 +2,9 @@
 
 Products and attention run at measured or assumed FLOP/s, or wait for memory (Williams et al. 2009, roofline); what else is
 computed moves bytes. Collectives that nobody measured take what recursive halving and doubling take (Thakur, Rabenseifner
-and Gropp 2005): log2(n) latencies and (n-1)/n of the bytes for a gathering or a scattering, twice both for an all-reduce;
-over several nodes first in the node, then among nodes (as NCCL and Neuron do), in both at once, so the slower part counts.
+and Gropp 2005): log2(n) latencies and (n-1)/n of the bytes for a gathering or a scattering, twice both for an all-reduce.
+Over several nodes rings go through all of a node's ranks and out by its network (as NCCL's do), so that nearly all bytes
+come in both over the links and over the network, and the slower of them counts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ FUSED = 0.4
 ATTENTION = 0.65
 """Of the rate of products, what attention reaches on accelerators. Assumed: FlashAttention-2 on an H100 makes 300 to 370 of
 989 TFLOP/s (Shah et al. 2024, FlashAttention-3, figures 5 and 6), products half of them and more."""
+REACHED = 0.8
+"""Of a link's published rate, what collectives reach. NCCL's maintainers say 370 of an H100's 450 GB/s
+(github.com/NVIDIA/nccl-tests/issues/212); 350 to 360 are measured (github.com/NVIDIA/nccl/issues/1281). Assumed of others."""
 LAUNCH = 6e-6
 """Seconds in which Python launches an operator on an accelerator, its backward included. Assumed."""
 RUNTIME = 1 << 30
@@ -280,15 +284,14 @@ def collective_seconds(collective: Collective, layout: Layout, rates: Rates, per
     inside, across = place(collective, layout, per_node)
     if (across == 1 or not rates.network) and (seconds := _measured(collective, rates)) is not None:
         return seconds
-    once = {"all_reduce": 2, "broadcast": 2}.get(collective.kind, 1)
     if collective.kind in ("send", "recv"):
-        speed = rates.link if across == 1 else rates.network / per_node
-        return rates.latency + collective.bytes / speed
-    hops = math.ceil(math.log2(max(1, inside))) + math.ceil(math.log2(max(1, across)))
-    within = (inside - 1) / inside * collective.bytes / rates.link
+        return rates.latency + collective.bytes / (REACHED * (rates.link if across == 1 else rates.network / per_node))
     # A group has its share of the node's way out: as many groups are under way as the node has ranks for.
-    outside = (across - 1) / across * collective.bytes / (rates.network * inside / per_node) if across > 1 else 0.0
-    return once * (hops * rates.latency + max(within, outside))
+    speed = rates.link if across == 1 else min(rates.link, rates.network * inside / per_node)
+    hops = math.ceil(math.log2(max(1, inside))) + math.ceil(math.log2(max(1, across)))
+    sent = (collective.ranks - 1) / collective.ranks * collective.bytes
+    once = {"all_reduce": 2, "broadcast": 2}.get(collective.kind, 1)
+    return once * (hops * rates.latency + sent / (REACHED * speed))
 
 
 def place(collective: Collective, layout: Layout, per_node: int) -> tuple[int, int]:
