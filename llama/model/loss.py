@@ -114,6 +114,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if vocabulary.notes is not None:
                 vocabulary.notes.append((losses, likeliest))
             if not any(wants):
+                del plain, logits, exponentials
                 continue
             grad = exponentials.mul_((trained / partition)[:, None])
             grad.scatter_add_(1, column, -(mine & trained).to(wide)[:, None])
@@ -122,6 +123,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_ratio += (grad * plain).sum(0)
                 grad.mul_(ratio)
             grad = grad.to(hidden.dtype)
+            # A name would hold this chunk's logits until the next one's are there.
+            del plain, logits, exponentials
             if grad_hidden is not None:
                 grad_hidden[part] = grad @ weight
             if grad_narrow is not None and last is not None:
@@ -131,6 +134,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     summed.addmm_(grad.t(), x)
                 elif summed is not None and x is not None:
                     summed += grad.t() @ x
+            del grad
         ctx.save_for_backward(
             *(None if g is None or x is None else g.to(x.dtype) for g, x in zip(grads, given, strict=True))
         )

@@ -176,21 +176,22 @@ class Walk:
         tape.make(numbers=34 * chunk)  # labels' places, masks, peaks, sums: a few numbers a token
         logits = 4 * chunk * rows
         narrow = logits if s.item == 4 else logits // 2
-        for i in range(2 if held.tokens > chunk else 1):
-            tape.make(**{f"logits{i}": narrow})
-            if s.item == 2:
-                tape.make(**{f"wide{i}": logits})
-                tape.free(f"logits{i}")
-            if i:  # names of the chunk before live until they are given anew
-                tape.free("wide0", "logits0", "dlogits")
-            if s.item == 2:
-                tape.make(dlogits=narrow)
-                if linear.trained:
-                    tape.make(part=rows * linear.width * 2)
-                    tape.free("part")
+        tape.make(logits=narrow)
+        if s.item == 2:
+            tape.make(wide=logits)
+            tape.free("logits")
+            tape.make(dlogits=narrow)
+            tape.free("wide")
+        if linear.input_gradient:
+            tape.make(part=s.item * chunk * linear.width)
+            tape.free("part")
+        if linear.trained and s.item == 2:
+            tape.make(part=rows * linear.width * 2)
+            tape.free("part")
+        tape.free("logits", "dlogits")
         if linear.trained and s.item == 2:
             tape.make(saved=wide // 2)
-        tape.free("wide0", "wide1", "logits0", "logits1", "dlogits", "n.in", "numbers")
+        tape.free("n.in", "numbers")
         if s.item == 2:
             tape.free("dtable")
         elif linear.trained:
