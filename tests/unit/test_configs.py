@@ -11,6 +11,10 @@ import yaml
 
 from llama.hf.config import model_config
 from llama.model.llama import count_parameters
+from llama.plan.estimate import Place, estimate
+from llama.plan.nodes import node_type
+from llama.plan.speed import rates_of
+from llama.plan.suggest import ROOM
 from llama.recipe import CONFIGS, dump, lay_out, load, save
 
 RECIPES = sorted(path.name.removesuffix(".yaml") for path in CONFIGS.glob("*.yaml"))
@@ -89,6 +93,15 @@ def test_a_recipe_lays_out_on_each_number_of_nodes_that_it_states(name: str) -> 
     layout = lay_out(recipe, int(laid_out[1]) * ranks)
     assert int(laid_out[2]) == layout.data
     assert f"{layout.accumulation} micro-batches a step" in _text(name)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith(tuple(PLACED))])
+def test_a_recipe_fits_on_each_number_of_nodes_that_it_states(name: str) -> None:
+    """By the formulas of `herd plan`, with the room that its suggestions leave."""
+    node = node_type({"trn2": "trn2.48xlarge", "gpu": "8xh100"}[name.rpartition("_")[2]])
+    for nodes in map(int, NODES.findall(_text(name))[0][0].split(",")):
+        found = estimate(load(name), Place(node, nodes), rates_of(node))
+        assert found.fits and found.share <= ROOM, f"{nodes} nodes: {found.share:.0%} of a rank"
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith("_trn2")])
