@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
@@ -24,24 +25,54 @@ class Line(NamedTuple):
     y: Series
 
 
+def counted_from(curves: Mapping[str, Curve]) -> int:
+    """Number of the first step in a run's own counting: 1, or 0 where a point's step is that of the steps before it.
+
+    Lightning, and so NeMo, counts from 0. The consumed samples tell, which include the point's own step; else a loss that
+    begins at step 0, or that is logged each n steps at n - 1, 2n - 1, … as Lightning does.
+    """
+    tag = find_tag(curves, "samples")
+    if tag is not None and len(curves[tag].steps) > 1:
+        steps, samples = curves[tag].steps[:2], curves[tag].values[:2]
+        if steps[1] > steps[0] and samples[1] > samples[0]:
+            done = samples[0] * (steps[1] - steps[0]) / (samples[1] - samples[0])
+            if round(done - steps[0], 3) in (0, 1):
+                return 1 - round(done - steps[0])
+    tag = find_tag(curves, "loss")
+    if tag is None or not curves[tag].steps:
+        return 1
+    steps = curves[tag].steps
+    apart = {later - earlier for earlier, later in itertools.pairwise(steps)}
+    each = min(apart, default=1)
+    return 0 if steps[0] == 0 or (each > 1 and apart == {each} and steps[0] % each == each - 1) else 1
+
+
 def axis_for(runs: Mapping[str, Mapping[str, Curve]], over: Over) -> str:
-    """What the runs share: tokens where a step is not as many of them in each, else steps; or what was asked for."""
+    """What the runs share: steps; where a step is not as many tokens in each, tokens, or else samples; or what was asked."""
     if over != "auto":
         return over
-    rates = set()
-    for curves in runs.values():
-        tag = find_tag(curves, "tokens")
-        if tag is None or not curves[tag].steps or not curves[tag].steps[-1]:
-            return "steps"
-        rates.add(round(curves[tag].values[-1] / curves[tag].steps[-1], 3))
-    return "tokens" if len(rates) > 1 else "steps"
+    for unit in ("tokens", "samples"):
+        rates = {_rate(curves, unit) for curves in runs.values()}
+        if None not in rates:
+            return unit if len(rates) > 1 else "steps"
+    return "steps"
+
+
+def _rate(curves: Mapping[str, Curve], unit: str) -> float | None:
+    """Tokens or samples of a step, on average over the run; None where it does not say."""
+    tag, loss = find_tag(curves, unit), find_tag(curves, "loss")
+    step, amount = (curves[tag].steps[-1:], curves[tag].values[-1:]) if tag else ([], [])
+    if unit == "samples" and loss is not None and loss + VERSUS in curves:
+        step, amount = curves[loss].steps[-1:], [float(n) for n in curves[loss + VERSUS].steps[-1:]]
+    done = step[0] + 1 - counted_from(curves) if step else 0
+    return float(f"{amount[0] / done:.5g}") if amount and done else None  # events hold float32
 
 
 def line(curves: Mapping[str, Curve], tag: str, over: str, name: str) -> Line:
-    """The curve `tag` over `over`. UserError when the run does not say where on that axis its points lie."""
+    """The curve `tag` over `over`; steps count from 1. UserError when the run does not say where on that axis it lies."""
     curve = curves[tag]
     if over == "steps":
-        return Line(np.array(curve.steps, float), np.array(curve.values, float))
+        return Line(np.array(curve.steps, float) + 1 - counted_from(curves), np.array(curve.values, float))
     if over == "samples" and tag + VERSUS in curves:
         other = curves[tag + VERSUS]
         return Line(np.array(other.steps, float), np.array(other.values, float))

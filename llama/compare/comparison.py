@@ -46,6 +46,8 @@ class Comparison:
     """x, gradient norm of the reference and of the candidate, (3, n)."""
     spread: Series | None
     """Half the distance between the lowest and the highest reference at each x."""
+    from_zero: tuple[str, ...] = ()
+    """Runs that number their first step 0; 1 was added."""
 
     @property
     def exit_code(self) -> int:

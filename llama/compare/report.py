@@ -34,6 +34,7 @@ def as_json(comparisons: Sequence[Comparison]) -> dict[str, Any]:
             "points": c.points,
             "same_start": c.same_start,
             "noise": c.noise,
+            "counted_from_0": list(c.from_zero),
             "pairing": _number(c.pairing),
             "likeness": c.likeness,
             "band": {what: asdict(band) for what, band in c.band.items()},
@@ -82,6 +83,7 @@ def as_text(c: Comparison) -> list[str]:
     ]
     lines += [f"  {mark(f):<10} {f.rule:<{width}}  {f.says}" for f in c.findings]
     lines.append(f"  noise: {noise_in_words(c)}")
+    lines += [f"  {name} numbers its first step 0; here it is step 1, as in other runs" for name in c.from_zero]
     lines += [f"  {reach.says}" for reach in within_reach(c.findings)]
     return [*lines, f"{c.verdict.upper()}: {c.sentence}"]
 

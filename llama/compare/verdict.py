@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from data_prep.errors import UserError
 from llama.compare import rules
-from llama.compare.align import Line, Over, align, axis_for, line
+from llama.compare.align import Line, Over, align, axis_for, counted_from, line
 from llama.compare.comparison import Comparison, sentence
 from llama.compare.events import find_tag, need_tag
 from llama.compare.rules import Band, Finding, Options
@@ -105,6 +105,7 @@ def compare(
         pairing=apart / gap_noise if gap_noise else math.inf, likeness=likeness, same_start=bool(twin),
         noise=gap_noise / float(a.mean()), band=bands, x=x, reference_loss=a, candidate_loss=b, norms=norms,
         spread=_spread(curves["loss"], references, x),
+        from_zero=tuple(name for name, run in everyone.items() if axis == "steps" and not counted_from(run.curves)),
     )  # fmt: skip
     return replace(result, sentence=sentence(result))
 
