@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ def draw(found: Sequence[Comparison], to: Path) -> None:
         _curve(panels["loss"], c.x, c.candidate_loss, colour, f"{c.candidate}: {c.verdict}")
         gap = 100 * (c.candidate_loss - c.reference_loss) / c.reference_loss
         _curve(panels["gap"], c.x, gap, colour, None)
+        _last_quarter(panels["gap"], c, colour)
         if c.norms is not None:
             at, reference, candidate = c.norms
             _curve(panels["norm"], at, candidate, colour, None)
@@ -74,7 +76,19 @@ def draw(found: Sequence[Comparison], to: Path) -> None:
     for key in ("gap", "ratio"):
         panels[key].set_xlabel(first.over)
     panels["loss"].legend(frameon=False, loc="upper right")
+    said = [textwrap.fill(f"{c.verdict.upper()}: {c.sentence}", 170) for c in found[:3]]
+    figure.suptitle("\n".join(said), x=0.01, ha="left", fontsize=9)
     save(figure, to)
+
+
+def _last_quarter(axes: Any, c: Comparison, colour: str) -> None:
+    """The final gap with its interval, over the points that it is the mean of."""
+    finding = next((f for f in c.findings if f.rule == "final gap"), None)
+    if finding is None or finding.value is None or finding.low is None or finding.high is None:
+        return
+    x = c.x[len(c.x) * 3 // 4 :]
+    axes.hlines(100 * finding.value, x[0], x[-1], color=colour, linestyle="--", linewidth=1.2)
+    axes.fill_between(x[[0, -1]], 100 * finding.low, 100 * finding.high, color=colour, alpha=0.25, linewidth=0)
 
 
 def _banded(c: Comparison, rule: str, limit: float) -> bool:

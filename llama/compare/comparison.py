@@ -60,14 +60,14 @@ def sentence(c: Comparison) -> str:
     counted = [finding for finding in c.findings if finding.decisive and finding.verdict == c.verdict]
     span = f"{c.over} {c.first:,.0f} to {c.last:,.0f}"
     if c.verdict == "fail":
-        why = "; ".join(f"{f.rule}: {f.says}" for f in counted)
-        return f"{c.candidate} is not {against}: over {span}, {why}"
+        why = "; ".join(f.says for f in counted)
+        return f"{c.candidate} differs from {against} ({span}): {why}"
     if c.verdict == "undecided":
-        why = "; ".join(f"{f.rule}: {f.says}" for f in counted)
-        return f"{c.candidate} against {against} is undecided over {span}: {why}{more_in_words(c, counted)}"
+        why = "; ".join(f.says for f in counted)
+        return f"{c.candidate} against {against} is undecided ({span}): {why}{more_in_words(c, counted)}"
     gap = next((f for f in counted if f.rule == "final gap"), None)
     shown = f"; {gap.says}" if gap else ""
-    return f"{c.candidate} equals {against} by every rule that counts over {span}{shown}"
+    return f"{c.candidate} equals {against} by every rule that counts ({span}){shown}"
 
 
 def more_in_words(c: Comparison, undecided: Sequence[Finding]) -> str:

@@ -74,10 +74,9 @@ BLOCKS = 4
 
 
 def percent(value: float, sign: bool = False) -> str:
-    """A share in per cent; below a hundredth of one as a power of ten."""
-    if value and abs(value) < 5e-5:
-        return f"{value:{'+' if sign else ''}.0e}"
-    return f"{value:{'+' if sign else ''}.2%}"
+    """A share in per cent; with more digits below a hundredth of one."""
+    digits = 2 if abs(value) >= 5e-5 or abs(value) < 5e-7 else 4
+    return f"{value:{'+' if sign else ''}.{digits}%}"
 
 
 def finite(runs: Sequence[tuple[str, str, Line]], over: str) -> Finding:

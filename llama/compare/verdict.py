@@ -64,6 +64,13 @@ def compare(
             return _broken(candidate, against, finite, axis, curves["loss"])
         raise
     x, a, b = whole[kept], all_a[kept], all_b[kept]
+    if not (a > 0).all():
+        at = x[np.flatnonzero(a <= 0)[0]]
+        raise UserError(
+            f"{against[0].name}: its loss is {a[a <= 0][0]:g} at {axis} {at:,.0f}; gaps are shares of the loss, which must be "
+            "above 0: name another curve with --tag",
+            2,
+        )
     bands = _bands(curves, references, axis, start)
     likeness = _likeness(a, b)
     known = bool(twin) or (bool(bands) and not likeness < ALIKE <= _likeness_of_references(curves["loss"], references))
