@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from llama.config import ZERO_BUBBLE, Parallel
+from llama.config.parallel import LOOPED
 from llama.plan.analytic_block import input_piece
 from llama.plan.analytic_operators import sizes
 from llama.plan.analytic_parts import BATCH_BYTES, Held, Stage
@@ -21,8 +22,11 @@ def piped_step(tape: Tape, held: Held) -> None:
     tape.make(joined=(BATCH_BYTES if held.recipe.data.document_mask else BATCH_BYTES - 4) * held.tokens * micro_batches)
     buffers = sum((not stage.first) + (not stage.last) for stage in held.stages)
     tape.make(received=buffers * micro_batches * s.hidden)
-    if held.recipe.parallel.pipeline_schedule == "1f1b" and held.stage_rank:
-        tape.make(sent_back=s.hidden)  # torch lets go of a gradient that it sent when it has the next one
+    schedule = held.recipe.parallel.pipeline_schedule
+    if schedule == "1f1b":  # torch lets go of a gradient that it sent when it has the next one,
+        tape.make(sent_back=s.hidden if held.stage_rank else 0)
+        # and of the last output before its rhythm of one forward and one backward when that ends.
+        tape.make(sent_on=s.hidden if held.stage_rank < held.layout.pipeline - 1 else 0)
     if held.sharded:
         tape.make("gathered", full=sum(unit.total("gathered", held.layout.shard) for unit in held.units))
     work = {}
@@ -44,7 +48,7 @@ def piped_step(tape: Tape, held: Held) -> None:
                 tuple(a - b for a, b in zip(piece.most, start, strict=True)),
                 tuple(a - b for a, b in zip(piece.left, start, strict=True)),
             )
-        if held.recipe.parallel.pipeline_schedule in ZERO_BUBBLE:
+        if schedule in ZERO_BUBBLE:
             work[stage.index, "I"], given = input_backward(held, stage)
             if given:
                 for name in ("first", "B"):
@@ -53,14 +57,20 @@ def piped_step(tape: Tape, held: Held) -> None:
                         (0, max(0, piece.left[1]), 0, max(0, piece.left[3]), 0), less(piece.left, given)
                     )
     begun = set()
+    looped, here = schedule in LOOPED, {stage.index: stage for stage in held.stages}
     for action in step_order(held.recipe.parallel, micro_batches)[held.stage_rank]:
         kind: str = action.work
+        stage = here[action.stage]
         if kind in "BW" and action.stage not in begun:
             begun.add(action.stage)
             kind = "first"
         elif kind == "W":
             kind = "B"
         tape.run(work[action.stage, kind])
+        if looped:  # messages to other ranks are held until the step's end, an output beyond its backward
+            back = action.work in "BI" and not stage.first and action.stage - 1 not in here
+            on = action.work in "BW" and not stage.last and action.stage + 1 not in here
+            tape.run(Piece((0,) * 5, (0, 0, 0, 0, s.hidden * (back + on))))
     if held.sharded:  # at the end each unit is scattered, the largest first or last
         largest = max(unit.total("", held.layout.shard, trained=True) for unit in held.units)
         tape.make("gathered", sent=largest, part=largest // held.layout.shard)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.utils._python_dispatch import _disable_current_modes
 
 from data_prep.errors import UserError
@@ -129,6 +130,7 @@ class Rehearsal:
         with ExitStack() as stack:
             stack.enter_context(_boxes_apart())
             stack.enter_context(_uncollected())
+            stack.enter_context(_sent_held())
             stack.enter_context(self.live.resizing())
             if self.fake is not None:
                 stack.enter_context(self.fake)
@@ -161,6 +163,31 @@ def _uncollected() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+class _Sent:
+    """A message under way. What is sent lives as long as this, as with a real process group; a fake one keeps nothing."""
+
+    def __init__(self, work: Any, tensor: torch.Tensor):
+        self.work, self.tensor = work, tensor
+
+    def wait(self) -> None:
+        self.work.wait()
+
+
+@contextmanager
+def _sent_held() -> Iterator[None]:
+    """Messages of a pipeline live until torch's schedule lets go of them, which some do at the end of a step only."""
+    send = dist.isend
+
+    def held(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> _Sent:
+        return _Sent(send(tensor, *args, **kwargs), tensor)
+
+    dist.isend = distributed_c10d.isend = held  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        dist.isend = distributed_c10d.isend = send
 
 
 @contextmanager

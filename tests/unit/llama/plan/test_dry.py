@@ -22,17 +22,17 @@ from tests.dist.layouts import recipe
 
 LORA = {"lora__rank": 4, "lora__targets": ("all-linear",)}
 WIDE = {"model__hidden_size": 64, "model__intermediate_size": 128}
-# name -> (ranks, what changes in the recipe, how far the peak may be off: real messages are kept until they are waited for)
-LAYOUTS: dict[str, tuple[int, dict[str, Any], float]] = {
+# name -> (ranks, what changes in the recipe)
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp2_bf16_remat_tied": (
         2, {"train__precision": "bf16_mixed", "train__activation_checkpointing": "full", "model__tie_embeddings": True},
-        0.03,
     ),
-    "sp2_masked": (2, {"parallel__tensor_parallel": 2, "data__document_mask": True}, 0.01),
-    "pp2": (2, {"parallel__pipeline_parallel": 2}, 0.06),
-    "fsdp2_qlora": (
-        2, {**LORA, "lora__quantize": "nf4", "lora__dropout": 0.1, "train__precision": "bf16_mixed", **WIDE}, 0.03,
+    "sp2_masked": (2, {"parallel__tensor_parallel": 2, "data__document_mask": True, "train__global_batch_size": 4}),
+    "pp2": (2, {"parallel__pipeline_parallel": 2}),
+    "interleaved2": (
+        2, {"parallel__pipeline_parallel": 2, "parallel__pipeline_schedule": "interleaved_1f1b", "model__num_layers": 4},
     ),
+    "fsdp2_qlora": (2, {**LORA, "lora__quantize": "nf4", "lora__dropout": 0.1, "train__precision": "bf16_mixed", **WIDE}),
 }  # fmt: skip
 
 
@@ -46,16 +46,18 @@ def _real(rank: int, config: Recipe, micro_batches: int) -> tuple[Tally, Memory]
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_counts_are_those_of_real_processes(name: str) -> None:
-    world, changes, tolerance = LAYOUTS[name]
-    config = recipe(train__micro_batch_size=2, **changes)
+    world, changes = LAYOUTS[name]
+    config = recipe(train__micro_batch_size=2, **{"model__num_layers": 2} | changes)
     ranks = harness.run(world, _real, config, layout(config, world).accumulation)
-    for rank, (tally, memory) in enumerate(ranks):
+    for rank in range(world) if "pipeline" in str(changes) else (world - 1,):
+        tally, memory = ranks[rank]
         counted = count(config, world, rank)
         assert counted.products == tally.product_list()
         assert counted.collectives == tally.collective_list()
         # gloo copies what it scatters, which a device does not.
         assert counted.moved <= tally.other["moved"] <= 1.1 * counted.moved
-        assert counted.memory.peak == pytest.approx(memory.peak, rel=tolerance)
+        # When the other end takes a real message changes what lives by one of them.
+        assert counted.memory.peak == pytest.approx(memory.peak, rel=0.02)
         assert (counted.memory.weights, counted.memory.optimizer) == (memory.weights, memory.optimizer)
 
 
