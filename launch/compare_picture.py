@@ -93,7 +93,7 @@ def _last_quarter(axes: Any, c: Comparison, colour: str) -> None:
 
 def _banded(c: Comparison, rule: str, limit: float) -> bool:
     """Whether the limit of a rule is that of the seeds."""
-    band = None if c.same_start else c.band.get(rule)
+    band = None if c.pair else c.band.get(rule)
     return band is not None and 100 * band.half >= limit
 
 

@@ -46,8 +46,15 @@ class Comparison:
     """x, gradient norm of the reference and of the candidate, (3, n)."""
     spread: Series | None
     """Half the distance between the lowest and the highest reference at each x."""
+    parted: bool = False
+    """Whether a pair of one start is judged as seeds are, because rounding has led them as far apart."""
     from_zero: tuple[str, ...] = ()
     """Runs that number their first step 0; 1 was added."""
+
+    @property
+    def pair(self) -> bool:
+        """Whether the tolerances alone judge."""
+        return self.same_start and not self.parted
 
     @property
     def exit_code(self) -> int:
@@ -71,17 +78,16 @@ def sentence(c: Comparison) -> str:
 
 
 def more_in_words(c: Comparison, undecided: Sequence[Finding]) -> str:
-    """How much longer the run would have to be."""
-    if not c.same_start and any(f.more is None for f in undecided):
-        return (
-            "; give further seeds with --reference, of the same batches if the candidate's are, or --same-start if the runs "
-            "have one"
-        )
+    """How much longer the run would have to be, or what else would decide."""
+    seeds = "further seeds with --reference, of the same batches if the candidate's are"
+    if not c.pair and any(f.more is None for f in undecided):
+        return f"; give {seeds}" + ("" if c.same_start else ", or --same-start if the runs have one")
     wanted = [f.more for f in undecided if f.more is not None]
     if not wanted:
         return ""
     times = max(wanted)
     if times > 20:
-        return "; no length within reason decides: the gap lies on the edge of the tolerance"
+        chance = "" if c.band else f": {seeds}, would tell how much of it is chance"
+        return f"; no length within reason decides, the gap lies on the edge of the tolerance{chance}"
     longer = max(times - 1, 0.1) * (c.last - c.first)
     return f"; about {longer:,.0f} more {c.over} would decide, if it goes on like this"

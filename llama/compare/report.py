@@ -33,6 +33,7 @@ def as_json(comparisons: Sequence[Comparison]) -> dict[str, Any]:
             "to": c.last,
             "points": c.points,
             "same_start": c.same_start,
+            "parted": c.parted,
             "noise": c.noise,
             "counted_from_0": list(c.from_zero),
             "pairing": _number(c.pairing),
@@ -62,6 +63,10 @@ def noise_in_words(c: Comparison) -> str:
         text += f", {times} times less than of unrelated curves: they see the same batches (likeness {c.likeness:.3f})"
     else:
         text += f": pairing does not help, their batches differ (likeness {c.likeness:.3f})"
+    if c.parted:
+        return (
+            text + "; the start is the same, but rounding has led the two as far apart as seeds: judged by their band"
+        )
     if c.same_start:
         text += "; first weights and batches are the same, so the pair is judged by the tolerances alone"
         apart = (

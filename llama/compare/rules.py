@@ -162,38 +162,56 @@ class Band:
     spread: float
     """Standard deviation between seeds."""
     half: float
-    """A further seed lies within ± this of the references' mean in 19 of 20 cases."""
+    """A gap within ± this of the references' mean is as small as theirs are."""
+    outer: float
+    """A further seed lies within ± this in 19 of 20 cases, for all that so few seeds can tell."""
 
 
 def band_of(values: Sequence[float], references: int, wanders: bool = False) -> Band:
     """The band from the statistic of several parts of each pair of references.
 
-    A pair's gap has twice the variance of a seed. Parts of one pair hang together, so that half of them count as
-    independent, or one where the statistic `wanders` without noise; of as many pairs as share no seed.
+    A pair's gap has twice the variance of a seed. For `half` parts of one pair count as half as many independent ones, or
+    as one where the statistic `wanders` without noise; of as many pairs as share no seed. A seed may as well be better than
+    another all along: `outer` takes each seed as one draw (the t interval of one more draw).
     """
     spread = math.sqrt(float(np.mean(np.square(values))) / 2)
-    pairs = references * (references - 1) // 2
+    pairs, further = references * (references - 1) // 2, math.sqrt(1 + 1 / references)
     freedom = (references - 1) * (1.0 if wanders else max(1.0, len(values) / pairs / 2))
-    return Band(spread, t_quantile(0.975, freedom) * spread * math.sqrt(1 + 1 / references))
+    half, outer = (t_quantile(0.975, draws) * spread * further for draws in (freedom, references - 1))
+    return Band(spread, half, outer)
 
 
 def judged(
-    rule: str, says: str, estimate: Estimate, tolerance: float, band: Band | None, options: Options, known: bool = True
+    rule: str,
+    says: str,
+    estimate: Estimate,
+    tolerance: float,
+    band: Band | None,
+    options: Options,
+    known: bool = True,
+    witness: bool = False,
 ) -> Finding:
-    """An equivalence test in words. `known`: whether a gap beyond the tolerance could not be a matter of seeds; else only
-    one of UNKNOWN times the tolerance is blamed.
+    """An equivalence test in words. `known`: whether a gap beyond tolerance and band could not be a matter of seeds; else
+    only one of UNKNOWN times that is blamed. A `witness` may blame a run, but where seeds themselves lie so far apart that
+    it can tell nothing, the verdict does not wait for it.
     """
     limit = max(tolerance, band.half if band else 0.0)
     half = estimate.half(options.confidence)
     verdict: Judgement = estimate.judge(limit, options.confidence)
     text = f"{says} {percent(estimate.value, sign=True)} ± {percent(half)} (tolerance {percent(tolerance)}"
     text += f", band of the seeds {percent(band.half)})" if band else ")"
-    more, blamed = None, limit if known else UNKNOWN * limit
-    if band and abs(estimate.value) <= band.half and band.half <= UNKNOWN * tolerance:
+    more, blamed, decisive = None, UNKNOWN * limit, True
+    wide = band is not None and band.half > UNKNOWN * tolerance
+    if known:
+        outer = band.outer if band else 0.0
+        blamed = max(limit, outer if wide else min(outer, UNKNOWN * tolerance))
+    if band and not wide and abs(estimate.value) <= band.half:
         verdict = "pass"  # the band holds the noise of a run's own statistic already
-    elif band and verdict == "pass" and estimate.judge(tolerance, options.confidence) != "pass":
-        verdict = "undecided"
-        text += "; seeds lie too far apart to show anything: compare longer runs, or more seeds"
+    elif wide and abs(estimate.value) - half <= blamed and estimate.judge(tolerance, options.confidence) != "pass":
+        verdict, decisive = "undecided", not witness
+        text += "; seeds lie too far apart to show anything" + (
+            "" if witness else ": compare longer runs, or more seeds"
+        )
     elif verdict == "fail" and abs(estimate.value) - half <= blamed:
         verdict = "undecided"
         text += "; a matter of seeds or batches, perhaps"
@@ -201,5 +219,5 @@ def judged(
         more = estimate.more(limit, options.confidence)
     return Finding(
         rule, verdict, text, estimate.value, estimate.value - half, estimate.value + half, limit,
-        estimate.detectable(blamed, options.confidence), more=more,
+        estimate.detectable(blamed, options.confidence), decisive, more,
     )  # fmt: skip

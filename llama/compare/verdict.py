@@ -23,6 +23,8 @@ from llama.compare.statistics import Estimate, Series, jitter, noise
 COMPARED = ("loss", "gradient norm", "parameter norm")
 FEWEST_POINTS = 20
 """Points that must be left to judge."""
+PARTED = 0.5
+"""Noise of a pair's gap, as a share of that between seeds, from which on it is judged as one of seeds."""
 ALIKE = 0.5
 """Likeness of two curves' noise from which on they are taken to see the same batches."""
 
@@ -37,7 +39,7 @@ def compare(
     """Judge `candidate` by its references: one, or several seeds of one recipe, whose spread is a band.
 
     Where a reference has the candidate's first weights and batches, the two are a pair, and gaps are taken to that one;
-    otherwise to the mean of the references. Raises UserError for runs that cannot be compared.
+    otherwise, and where their paths have parted, to the mean of the references. Raises UserError for runs that cannot be compared.
     """
     options = options or Options()
     everyone = {run.name: run for run in (*references, candidate)}
@@ -46,7 +48,9 @@ def compare(
     axis = axis_for({name: run.curves for name, run in everyone.items()}, over)
     curves = {what: _lines([*references, candidate], what, axis, tags) for what in COMPARED}
     twin = _twin(references, candidate, options)
-    against = [twin] if twin else list(references)
+    parted = twin is not None and _parted(curves["loss"], references, twin, candidate)
+    pair = None if parted else twin
+    against = [pair] if pair else list(references)
 
     finite = rules.finite([(name, what, curves[what][name]) for what in COMPARED[:2] for name in curves[what]], axis)
     try:
@@ -73,17 +77,22 @@ def compare(
         )
     bands = _bands(curves, references, axis, start)
     likeness = _likeness(a, b)
-    known = bool(twin) or (bool(bands) and not likeness < ALIKE <= _likeness_of_references(curves["loss"], references))
+    known = twin is not None or (
+        bool(bands) and not likeness < ALIKE <= _likeness_of_references(curves["loss"], references)
+    )
 
     def judged(rule: str, says: str, estimate: Estimate, tolerance: float) -> Finding:
-        return rules.judged(rule, says, estimate, tolerance, None if twin else bands.get(rule), options, known)
+        band = None if pair else bands.get(rule)
+        return rules.judged(rule, says, estimate, tolerance, band, options, known, witness=rule.endswith("norm"))
 
-    exact = all(run.recipe.get("train", {}).get("precision") == "fp32" for run in (*against, candidate))
+    first = twin or references[0]
+
+    exact = all(run.recipe.get("train", {}).get("precision") == "fp32" for run in (first, candidate))
     bounds = rules.OPENING_BOUNDS["fp32" if exact else "bf16"]
     findings = [
         finite,
         rules.pointwise(a, b, options),
-        _opening("loss", against[0], candidate, tags, bounds[0], bool(twin)),
+        _opening("loss", first, candidate, tags, bounds[0], twin is not None),
         judged("final gap", "the loss of the last quarter is apart by", rules.gap(a, b), options.tolerance),
         judged("drift", "over the last half the gap grows by", rules.drift(x, a, b), options.drift_tolerance),
     ]
@@ -91,7 +100,7 @@ def compare(
     if norms is None:
         findings.append(Finding("gradient norm", "absent", _missing("gradient norm", candidate, against)))
     else:
-        findings.append(_opening("gradient norm", against[0], candidate, (), bounds[1], bool(twin)))
+        findings.append(_opening("gradient norm", first, candidate, (), bounds[1], twin is not None))
         norms = norms[:, norms[0] >= start]
         level = rules.level(norms[1], norms[2])
         findings.append(judged("gradient norm", "the gradient norm is apart by", level, options.norm_tolerance))
@@ -109,9 +118,10 @@ def compare(
     result = Comparison(
         candidate=candidate.name, references=tuple(run.name for run in against), verdict=_verdict(weighed), sentence="",
         findings=weighed, over=axis, first=float(x[0]), last=float(x[-1]), points=len(x),
-        pairing=apart / gap_noise if gap_noise else math.inf, likeness=likeness, same_start=bool(twin),
+        pairing=apart / gap_noise if gap_noise else math.inf, likeness=likeness, same_start=twin is not None,
         noise=gap_noise / float(a.mean()), band=bands, x=x, reference_loss=a, candidate_loss=b, norms=norms,
         spread=_spread(curves["loss"], references, x),
+        parted=parted,
         from_zero=tuple(name for name, run in everyone.items() if axis == "steps" and not counted_from(run.curves)),
     )  # fmt: skip
     return replace(result, sentence=sentence(result))
@@ -143,6 +153,23 @@ def _twin(references: Sequence[Run], candidate: Run, options: Options) -> Run | 
     if options.same_start is None:
         return next((run for run in references if same_start(run, candidate)), None)
     return references[0] if options.same_start else None
+
+
+def _parted(lines: Mapping[str, Line], references: Sequence[Run], twin: Run, candidate: Run) -> bool:
+    """Whether rounding has parted a candidate's path from its twin's about as far as another seed's lies.
+
+    Then their gap is as much a matter of chance as that of two seeds. Read off the noise of the gaps over the last half;
+    unknown, and taken for no, with one reference.
+    """
+    if len(references) < 2:
+        return False
+
+    def apart(one: str, other: str) -> float:
+        _, a, b = align(lines[one], lines[other], (one, other), "steps")
+        return noise((b - a)[len(a) // 2 :])
+
+    seeds = [apart(one.name, other.name) for one, other in combinations(references, 2)]
+    return apart(twin.name, candidate.name) > PARTED * float(np.mean(seeds))
 
 
 def _positive(
