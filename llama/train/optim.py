@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from llama.config import Recipe
 from llama.device import Device
 from llama.parallel.apply import ParallelLlama
-from llama.parallel.shards import local_part
+from llama.parallel.shards import local_part, plain
 
 Named = Sequence[tuple[str, torch.nn.Parameter]]
 UNIT = 4096.0
@@ -78,7 +78,7 @@ def squared_norm(
             shards = [d for d, placement in enumerate(tensor.placements) if not placement.is_replicate()]
             pieces = math.prod(tensor.device_mesh.size(d) for d in shards)
         copies.append(ranks_of_stage / pieces)
-    local = [local_part(tensor)[0] for tensor in tensors]
+    local = [plain(tensor) for tensor in tensors]
     wide = torch.promote_types(local[0].dtype, torch.float32)  # a norm of bf16 numbers would be rounded to bf16
     norms = torch.stack(torch._foreach_norm(local, 2, dtype=wide)).to(dtype)
     return (norms.square() / torch.tensor(copies, dtype=dtype, device=norms.device)).sum()
@@ -92,7 +92,7 @@ def clip_factor(norm: float, limit: float | None) -> float:
 @torch.no_grad()
 def scale_gradients(named: Named, factor: float) -> None:
     """Multiply every gradient by `factor`, in place."""
-    local = [local_part(p.grad)[0] for _, p in named if p.grad is not None]
+    local = [plain(p.grad) for _, p in named if p.grad is not None]
     if local:  # a pipeline stage may be frozen whole
         torch._foreach_mul_(local, factor)
 
@@ -147,6 +147,7 @@ class StochasticAdamW(torch.optim.Optimizer):
     ):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self.state_dtype, self.names, self.seed = state_dtype, names, seed
+        self.corners: dict[torch.nn.Parameter, str] = {}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -164,10 +165,10 @@ class StochasticAdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.state_dtype)
         state["step"] = state["step"] + 1  # anew: a dry run knows the values of such tensors alone
         step, (beta1, beta2) = int(state["step"]), group["betas"]
-        weight, box = local_part(parameter)
+        weight = plain(parameter)
         assert parameter.grad is not None
-        gradient = local_part(parameter.grad)[0].float()
-        first, second = (local_part(state[key])[0] for key in ("exp_avg", "exp_avg_sq"))
+        gradient = plain(parameter.grad).float()
+        first, second = (plain(state[key]) for key in ("exp_avg", "exp_avg_sq"))
         mean = first.float().lerp(gradient, 1 - beta1)
         square = second.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
@@ -177,8 +178,9 @@ class StochasticAdamW(torch.optim.Optimizer):
             for kept, value in ((weight, new), (first, mean), (second, square)):
                 kept.copy_(value)
             return
-        corner = ",".join(str(part.start) for part in box)
-        key = f"{self.seed}/{step}/{self.names[parameter]}/{corner}".encode()
+        if parameter not in self.corners:
+            self.corners[parameter] = ",".join(str(part.start) for part in local_part(parameter)[1])
+        key = f"{self.seed}/{step}/{self.names[parameter]}/{self.corners[parameter]}".encode()
         seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little")
         generator = torch.Generator(device=weight.device).manual_seed(seed)
         weight.copy_(stochastic_round(new, generator))
