@@ -7,6 +7,9 @@
 # A RECIPE that is a shell file is run with HERD naming this file, which it then calls: "$HERD" train RECIPE ...
 set -euo pipefail
 trap '' USR1 # ignored here and so by torchrun, which would die of it; workers set their own handler: save, then end
+# A step that fails while other nodes still start it can hang for a minute: slurmstepd misses the kill (Slurm 22.05, in
+# 2 of 60 tries when a task ends at once, in none after half a second).
+trap '((SECONDS)) || sleep 0.5' EXIT
 HERD_STEP=${HERD_STEP:-train}
 [[ ${1:-} != train ]] || shift # as a shell recipe says
 (($#)) || {
