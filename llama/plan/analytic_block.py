@@ -169,6 +169,8 @@ def pieces(held: Held, unit: Unit, s: Sizes, weights: str) -> tuple[Piece, Piece
     input away and counts the gradient that it is given."""
     mode = held.recipe.train.activation_checkpointing
     kept = KEPT | JOINED if s.tensor > 1 else KEPT
+    if held.recipe.train.compile:  # a compiler keeps of these what backward reads: the ranks' sum, not its parts
+        kept -= {"down", "down.joined"} if s.tensor == 1 else {"o", "down", "down.joined"}
     tape = Tape()
     if mode == "selective":
         tape.held = kept

@@ -121,6 +121,15 @@ def test_checkpointing_saves_memory_and_costs_products() -> None:
     assert none.flops == selective.flops < full.flops
 
 
+def test_compiled_blocks_keep_of_selective_checkpointing_what_backward_reads() -> None:
+    """Of each block neither the last product nor, under tensor parallelism, what is summed over the ranks."""
+    for ranks, spared in ((1, 1), (2, 5)):  # in parts of a rank's stream: down; o and down whole, and what joins down
+        keys = SELECTIVE | {"parallel.tensor_parallel": ranks, "model.num_layers": 8, "train.micro_batch_size": 4}
+        eager, compiled = (foresee(recipe(keys | {"train.compile": c}), ranks).memory.peak for c in (False, True))
+        stream = 2 * 4 * 128 * 64 // ranks
+        assert eager - compiled == pytest.approx(8 * spared * stream, rel=0.2)
+
+
 def test_a_first_stage_holds_as_many_micro_batches_as_the_pipeline_is_long() -> None:
     keys = {"parallel.pipeline_parallel": 4, "model.num_layers": 8, "train.global_batch_size": 32}
     activations = [foresee(recipe(keys), 4, rank).memory.activations for rank in representatives(recipe(keys), 4)]
