@@ -128,6 +128,18 @@ def test_the_table_of_faults_holds_what_the_benchmark_measured() -> None:
             assert abs(rows[fault.name]["rules"][rule]["value"]) == pytest.approx(effect, rel=0.06)
 
 
+def test_the_docs_say_what_the_held_out_runs_showed() -> None:
+    found = json.loads(TABLE.with_name("parity_held_out-CPU.json").read_text())
+    docs = (TABLE.parents[2] / "docs/compare.md").read_text()
+    for what, counts in found["totals"].items():
+        passed, undecided, failed = (counts.get(word, 0) for word in ("pass", "undecided", "fail"))
+        if not what.startswith("faults"):
+            assert not failed and f"| {passed} | {undecided} | 0 |" in docs, what
+        else:
+            assert f"| {failed} | {undecided or ('–' if 'pointwise' in what else 0)} | {passed} |" in docs, what
+    assert not found["wrongly_failed"]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_point_that_is_no_number_fails_with_its_step(value: float) -> None:
     loss = loss_curve(200, 1)
