@@ -17,7 +17,8 @@ from data_prep.tokenizers import Tokenizer
 
 LONG = 1 << 20  # characters from which a document is encoded piece by piece, to bound memory
 FEW = 1500  # ids of a document on average, from which copying document by document pays
-CHECKED = 1 / 1024  # share of the text that is encoded again by the official tokenizer, ten times as slow or more
+CHECKED = 1 / 4096  # share of the text that is encoded again by the official tokenizer, ten times as slow or more
+STRETCH = 1024  # characters of a document that are checked at a time
 
 
 def _of_the_text(error: BaseException) -> bool:
@@ -44,11 +45,11 @@ class Encoder:
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.eod = tokenizer.eod if append_eod else None
         self.bos = tokenizer.bos if prepend_bos else None
-        self.checked = 0  # documents checked in this part
-        self._credit, self._random = 0.0, random.Random(0)
+        self.checked = 0  # documents of this part of which a stretch was checked
+        self._credit, self._random = float(STRETCH), random.Random(0)
 
     def mark(self, name: str) -> None:
-        self.checked, self._credit, self._random = 0, 0.0, random.Random(name)
+        self.checked, self._credit, self._random = 0, float(STRETCH), random.Random(name)
 
     def __call__(self, batch: Batch) -> tuple[NDArray[Any], NDArray[np.int64]]:
         """Ids of a batch's documents end to end in the file's type, and the length of each.
@@ -106,14 +107,17 @@ class Encoder:
         return good
 
     def _check(self, texts: list[str]) -> None:
-        """Now and then encode a document by the official tokenizer too."""
+        """Now and then encode a stretch of a document by the official tokenizer too; of each part, at least one."""
         if self.engine.name == "official" or not texts:
             return
         self._credit += sum(map(len, texts)) * CHECKED
-        text = texts[self._random.randrange(len(texts))]
-        if len(text) > self._credit:
+        if self._credit < STRETCH:
             return
-        self._credit -= len(text)
+        text = texts[self._random.randrange(len(texts))]
+        if len(text) > STRETCH:
+            start = max(0, text.find(" ", self._random.randrange(len(text) - STRETCH)))  # a word, as texts begin with
+            text = text[start : start + STRETCH]
+        self._credit -= STRETCH
         self.checked += 1
         if engines.check(self.engine, self.tokenizer, [text]) is not None:
             raise EngineMismatchError(f"{text[:80]!r}")

@@ -22,7 +22,7 @@ import numpy as np
 from data_prep.errors import UserError
 from data_prep.filters import Filters
 from data_prep.inputs import JSONL, TEXT, File, check_keys, describe, expand_inputs, key_of
-from data_prep.streams import HEAD_BYTES, LineRange, Overlong, Stream
+from data_prep.streams import HEAD_BYTES, PLAIN, LineRange, Overlong, Stream
 
 BLOCK_BYTES = 1 << 19  # of text parsed and encoded at a time: fits the processor's cache, hides the cost of a call
 MAX_LINE_BYTES = 1 << 26  # a longer line is no document but a file without newlines; it is counted bad, not loaded
@@ -144,7 +144,7 @@ class Reader:
                 yield from self._parquet(file, start, stop)
                 return
             stream = self._open(file.path, start)
-            before = stream.disk if start else 0
+            before = start if stream.packing == PLAIN else stream.disk if start else 0
             read = self._whole_text if file.form == TEXT and self.how.text_documents == "file" else self._lines
             for batch in read(file, stream, start, stop):
                 self.disk = stream.disk - before

@@ -24,7 +24,7 @@ from data_prep.plan import Part, Unit
 from data_prep.readers import Reader, Reading, Tally
 from data_prep.tokenizers import Tokenizer, load_tokenizer
 
-POLL_SECONDS = 0.5  # between looks at parts that others do
+POLL_SECONDS = 0.5  # between looks at parts that others do; the first looks come sooner, as a part may end any moment
 AHEAD = 4096  # parts of one packed file that are looked over for one that is free
 
 
@@ -89,6 +89,7 @@ class Worker:
         ready()
         count = len(self.job.units)
         walkers = [_Row(self, self.job.units[(first + i) % count]) for i in range(count)]
+        pause = 0.0
         try:
             while walkers:
                 worked = False
@@ -97,8 +98,9 @@ class Worker:
                         worked |= row.go(join)
                 walkers = [row for row in walkers if not row.finished]
                 self._settle()
+                pause = 0.0 if worked else min(2 * pause + 0.02, POLL_SECONDS)
                 if walkers and not worked:
-                    time.sleep(POLL_SECONDS)
+                    time.sleep(pause)
         finally:
             self.reader.close()
             self._flusher.shutdown()

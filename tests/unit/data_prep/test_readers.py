@@ -55,6 +55,16 @@ def test_containers_read_alike(tmp_path: Path, packing: str) -> None:
     assert texts(path) == WANTED
 
 
+def test_a_range_counts_its_own_bytes_of_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl([{"text": text} for text in WANTED * 3]))
+    reader, size = Reader(Reading()), path.stat().st_size
+    for batch in reader.read(describe(path), size // 2, None):
+        assert batch.texts
+        assert 0 < reader.disk <= size - size // 2
+    reader.close()
+
+
 LINES = [
     (b'{"text": "good"}', "good"),
     (b'  {"id": 1, "text": "with \\u00fcmlaut \\ud83e\\udd99"} \r', "with ümlaut 🦙"),

@@ -16,11 +16,13 @@ import zstandard
 from data_prep import demo_text, engines, pool, progress, readers, work
 from data_prep import tokenize as module
 from data_prep.cutting import cutter
+from data_prep.encode import Encoder, EngineMismatchError
+from data_prep.engines.kinds import Official
 from data_prep.errors import UserError
 from data_prep.filters import Filters
 from data_prep.indexed import IndexedDataset
 from data_prep.parts_file import read_meta
-from data_prep.readers import Reading
+from data_prep.readers import Batch, Reading, Tally
 from data_prep.tokenize import Options
 from data_prep.tokenizers import load_tokenizer, sha256
 from tests import material
@@ -227,6 +229,17 @@ def test_an_engine_that_proves_wrong_is_given_up_with_all_it_made(
     monkeypatch.undo()
     tokenize([demo / "text.jsonl"], demo, tmp_path / "fresh")
     assert output(tmp_path / "out") == output(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("words", [3, 50_000])
+def test_of_each_part_a_stretch_is_checked_however_long_its_documents(demo: Path, words: int) -> None:
+    tokenizer = load_tokenizer(demo)
+    encoder = Encoder(tokenizer, Wrong(Official(tokenizer)), None, True, False)
+    for part in ("a-0000", "a-0001"):
+        encoder.mark(part)
+        with pytest.raises(EngineMismatchError):
+            encoder(Batch(["yield " * words], Tally(lines=1), 6 * words, [], [1]))
+        assert encoder.checked == 1
 
 
 def _without_gigatoken(choice: Any) -> Any:
