@@ -8,7 +8,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.errors import UserError
@@ -35,6 +35,7 @@ REASONS = {
     "JobHoldMaxRequeue": "requeued too often and held; scontrol release JOB lets it go on",
     "launch failed requeued held": "its start failed on a node and it is held; scontrol release JOB lets it go on",
     "job requeued in held state": "requeued and held; scontrol release JOB lets it go on",
+    "JobArrayTaskLimit": "as many tasks of its array are at work as may be at once",
     "Licenses": "it waits for a licence",
     "PartitionDown": "its partition is down",
     "PartitionInactive": "its partition does not start jobs now",
@@ -49,7 +50,7 @@ REASONS = {
 }
 """Slurm's reasons for waiting, for people. Unknown ones are shown as Slurm says them."""
 
-_FIELDS = ("%i", "%T", "%r", "%j", "%u", "%P", "%D", "%N", "%S", "%e", "%Z", "%o", "%E", "%k")
+_FIELDS = ("%A %i", "%T", "%r", "%j", "%u", "%P", "%D", "%N", "%S", "%e", "%Z", "%o", "%E", "%k")
 _SEPARATOR = "\x1f"  # names and commands may hold any character that people type
 _COMMENT = re.compile(r"herd (compile|run|export) (.+)")
 
@@ -59,6 +60,7 @@ class Job:
     """A line of the queue."""
 
     id: str
+    """SLURM_JOB_ID of its script, which for one task of an array is the whole array's number too."""
     state: str
     reason: str = "None"
     name: str = ""
@@ -78,6 +80,13 @@ class Job:
     waits_for: str = ""
     """Slurm's text of its dependencies."""
     comment: str = ""
+    task: str = ""
+    """12_3, of a task of an array."""
+
+    @property
+    def address(self) -> str:
+        """What names it alone to Slurm's commands."""
+        return self.task or self.id
 
     @property
     def live(self) -> bool:
@@ -89,11 +98,11 @@ class Job:
 
     @property
     def step(self) -> str:
-        """compile, run or export for a job of herd, else nothing."""
+        """compile, run or export for a job of herd, else nothing; a point of a sweep is a run."""
         if found := _COMMENT.fullmatch(self.comment):
             return found[1]
-        found = re.search(r"(?:^|/)(compile|run|export)\.slurm(?: |$)", self.command)
-        return found[1] if found else ""
+        found = re.search(r"(?:^|/)(compile|run|export|sweep)\.slurm(?: |$)", self.command)
+        return found[1].replace("sweep", "run") if found else ""
 
     @property
     def run(self) -> str:
@@ -174,9 +183,12 @@ def parse(text: str) -> list[Job]:
         if len(values) != len(_FIELDS):
             continue  # a warning of Slurm between the lines
         number, state, reason, name, user, partition, count, nodes, start, ends, *rest = values
+        number, _, address = number.partition(" ")
         times = _moment(start), _moment(ends)
         size = int(count) if count.isdigit() else 0
-        jobs.append(Job(number, state, reason or "None", name, user, partition, size, nodes, *times, *rest))
+        task = address if "_" in address else ""
+        job = Job(number, state, reason or "None", name, user, partition, size, nodes, *times, *rest)
+        jobs.append(replace(job, task=task))
     return jobs
 
 

@@ -48,10 +48,10 @@ def ask_to_end(run: RunFolder, say: Callable[[str], None]) -> bool:
         write_json(run.stop, {"job": trains.id, "time": now()})
     for line in reversed(found):  # the last of a chain first, so that none begins because another ended
         if line is trains and not line.waiting:
-            slurm.cancel(line.id, "USR1")
+            slurm.cancel(line.address, "USR1")
             say(f"job {line.id} is asked to save and end")
         else:
-            slurm.cancel(line.id)
+            slurm.cancel(line.address)
             say(
                 f"{line.step or 'run'} job {line.id} is cancelled ({'it waited' if line.waiting else 'it was at work'})"
             )

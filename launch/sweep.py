@@ -31,9 +31,11 @@ class _Words(click.Command):
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
 @click.option("--table", "only_table", is_flag=True, help="Train nothing: compare what there is.")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON, and nothing else.")
-@click.option("--slurm", "on_slurm", is_flag=True, help="A Slurm job for each point; the table comes with --table.")
-@click.option("--nodes", "-N", type=click.IntRange(1), default=1, show_default=True, help="Nodes of each job.")
-@click.option("--at-once", type=click.IntRange(1), help="Jobs that may run at the same time; all when not given.")
+@click.option(
+    "--slurm", "on_slurm", is_flag=True, help="As a Slurm array, a task for each point, and a job for the table."
+)
+@click.option("--nodes", "-N", type=click.IntRange(1), default=1, show_default=True, help="Nodes of each task.")
+@click.option("--at-once", type=click.IntRange(1), help="Tasks that may run at the same time; all when not given.")
 @sbatch_options
 @click.pass_context
 def command(
@@ -58,6 +60,8 @@ def command(
     Behind -- stand overrides for all points whose commas are their own: -- data.split=95,5,0
     A point is a run in runs/NAME/POINT. The same command goes on where it ended: finished points are skipped. A point
     that fails is told and the others go on; exit code 1 then. The table is in table.md and table.json beside the runs.
+    With --slurm points are tasks of one array, points that are not finished are submitted again by the same command, and
+    a job that waits for the array writes the table.
 
     \b
     herd sweep smollm2_chat lora.r=8,16 lora.targets=attention,all-linear data.train=alpaca.json \\
@@ -65,7 +69,7 @@ def command(
     herd sweep smollm2_chat lora.rank=4,8,16,32 lora.quantize=null,nf4 optimizer.lr=1e-5,1e-4 --random 6 --slurm
     herd sweep smollm2_chat lora.r=8,16 lora.targets=attention,all-linear --table
     """
-    from launch import sweep_run, sweep_table
+    from launch import sweep_run, sweep_slurm, sweep_table
 
     axes, fixed = read(words, ctx.obj)
     if any(key in ("run_dir", "name") for key in (word.partition("=")[0] for word in (*words, *fixed))):
@@ -87,8 +91,10 @@ def command(
             return
         if on_slurm:
             kind = {"HERD_NODE_TYPE": options["node_type"]} if options["node_type"] else {}
-            words_of_sbatch = gathered(options)
-            failed = sweep_run.queue(planned, recipe, title, nodes, at_once or 0, words_of_sbatch, kind, say, dry_run)
+            same = [recipe, *words, "--name", name or title, *(["--random", sample, "--seed", seed] if sample else [])]
+            again = (*map(str, same), *(["--", *ctx.obj] if ctx.obj else []))
+            array = sweep_slurm.Array(folder, nodes, at_once, gathered(options), kind, again)
+            failed = sweep_slurm.queue(planned, recipe, array, say, dry_run)
             if failed:
                 raise UserError(f"{len(failed)} of {len(planned)} points are not queued")
             return

@@ -1,4 +1,4 @@
-"""Trains a sweep's points on this machine, one after another, each by a `herd train` of its own; or queues them."""
+"""Trains a sweep's points on this machine, one after another, each by a `herd train` of its own."""
 
 from __future__ import annotations
 
@@ -210,42 +210,3 @@ def _why(run: RunFolder, code: int) -> str:
         lines = []
     said = [line.removeprefix("herd: ") for line in lines if line.startswith("herd: ")]
     return (said or [line for line in lines if line.strip()] or [f"exit code {code}"])[-1]
-
-
-def queue(
-    planned: Sequence[Planned], name: str, title: str, nodes: int, at_once: int, options: Sequence[str],
-    environment: dict[str, str], say: Callable[[str], None], dry_run: bool,
-) -> dict[str, str]:  # fmt: skip
-    """A Slurm job for each unfinished point, `at_once` of them at a time. Returns why points are not queued.
-
-    Jobs of their own and no array: each may go back into the queue, be stopped, resumed and looked at alone, and the
-    last task of an array bears the whole array's number, so that a signal to it would reach all.
-    """
-    from launch import slurm, submit
-
-    failed: dict[str, str] = {}
-    lanes = 0
-    for item in planned:
-        if item.recipe is None:
-            failed[item.point.name] = item.refusal
-            say(f"{item.point.name}: refused: {item.refusal}")
-            continue
-        run = RunFolder(Path(item.recipe.folder))
-        if state_of(run, item.recipe) == DONE:
-            say(f"{item.point.name}: finished already")
-            continue
-        # Of the jobs with one name a singleton lets one run at a time.
-        lane = (f"--job-name={title}-{lanes % at_once + 1}", "--dependency=singleton") if at_once else ()
-        overrides = (*item.point.overrides, f"run_dir={run.path}")
-        wanted = submit.Wanted(name, overrides, nodes, ("run",), Path.cwd(), (*options, *lane), environment)
-        try:
-            checked = submit.check(wanted)
-            if dry_run:
-                say(slurm.shown(checked.command("run"), environment))
-            else:
-                say(f"{item.point.name}: job {submit.send(checked, lambda _: None)['run']}")
-            lanes += 1
-        except UserError as error:
-            failed[item.point.name] = str(error)
-            say(f"{item.point.name}: not queued: {error}")
-    return failed

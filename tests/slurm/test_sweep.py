@@ -1,4 +1,4 @@
-"""`herd sweep --slurm` on a real Slurm: a job a point, as many at once as asked, and the table afterwards."""
+"""`herd sweep --slurm` on a real Slurm: an array, a task a point, as many at once as asked, and the table afterwards."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import numpy as np
 import yaml
 
 from data_prep.indexed import IndexedWriter
+from llama.run_folder import read_json
 from tests.slurm.conftest import ROOT, Lab
 from tests.slurm.test_person import CPU, TINY
 
 
-def test_points_are_jobs_that_run_in_turn_and_the_table_follows(lab: Lab, shared: Path) -> None:
+def test_points_are_tasks_of_an_array_that_run_in_turn_and_the_table_follows(lab: Lab, shared: Path) -> None:
     desk = shared / "sweep"
     desk.mkdir()
     with IndexedWriter(desk / "corpus", np.uint16) as corpus:
@@ -37,13 +38,16 @@ def test_points_are_jobs_that_run_in_turn_and_the_table_follows(lab: Lab, shared
         return lab.run(*call, cwd=desk, timeout=120, **settings)
 
     dry = herd("--slurm", "--at-once", "1", "--dry-run").splitlines()
-    assert len(dry) == 3 and all("--dependency=singleton" in line for line in dry[1:])
-    said = herd("--slurm", "--at-once", "1")
-    jobs = [int(line.rpartition(" ")[2]) for line in said.splitlines() if ": job " in line]
-    assert len(jobs) == 2
-    waiting = lab.run("squeue", "-h", "-j", jobs[1], "-o", "%T %r").split()
-    assert waiting == ["PENDING", "Dependency"]
-    assert [lab.wait(job) for job in jobs] == ["COMPLETED", "COMPLETED"]
-    table = json.loads(herd("--table", "--json"))
-    assert {row["state"] for row in table["rows"]} == {"finished"} and len(table["rows"]) == 2
+    assert "--array=0-1%1" in dry[-2] and "--dependency=afterany:ARRAY" in dry[-1]
+    assert not (desk / "runs").exists()
+    said = herd("--slurm", "--at-once", "1").split()
+    array, table = (int(said[said.index(word) + 1].strip(":;")) for word in ("array", "job"))
+    waiting = lab.run("squeue", "-h", "-r", "-t", "pending", "-j", array, "-o", "%i %r").splitlines()
+    assert f"{array}_1 JobArrayTaskLimit" in waiting
+    assert f"in the queue already, task {array}_1" in herd("--slurm")
+    assert lab.wait(table) == "COMPLETED"
+    rows = json.loads((desk / "runs/tiny-sweep/table.json").read_text())["rows"]
+    assert {row["state"] for row in rows} == {"finished"} and len(rows) == 2
+    jobs = {read_json(desk / row["run"] / "job.json")["job"] for row in rows}
+    assert len(jobs) == 2 and str(array) in jobs  # one task bears the array's number
     assert "finished already" in herd("--slurm")

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from data_prep.errors import UserError
-from launch import sweep, sweep_run, sweep_table
+from launch import slurm, sweep, sweep_run, sweep_slurm, sweep_table
 from launch.sweep_grid import points, read, values_of
 from llama import recipe as recipes
 from llama.run_folder import RunFolder, write_json
@@ -207,6 +207,56 @@ def test_time_is_that_of_all_attempts() -> None:
     ]
     assert sweep_table.seconds(events) == 35
     assert sweep_table.seconds([]) == 0
+
+
+class Queue:
+    """Stands in for Slurm: takes what sbatch is given, and says which tasks wait."""
+
+    def __init__(self) -> None:
+        self.sent: list[list[str]] = []
+        self.jobs: list[slurm.Job] = []
+
+    def submit(self, command: list[str], environment: dict[str, str], folder: Path) -> str:
+        self.sent.append(command)
+        return str(10 + len(self.sent))
+
+
+def test_an_array_holds_what_is_neither_finished_nor_queued_under_numbers_that_stay(
+    herd: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = Queue()
+    monkeypatch.setattr(sweep_slurm.slurm, "submit", queue.submit)
+    monkeypatch.setattr(sweep_slurm.slurm, "queue", lambda *_: queue.jobs)
+    monkeypatch.setattr(sweep_slurm.submit, "check", lambda wanted: None)
+    assert herd("lora.rank=2,3,4").exit_code == 1  # here: 3 fails
+    done = herd("lora.rank=2,3,4", "--slurm", "--at-once", 2, "--partition", "cpu", "--", "data.split=95,5,0")
+    assert isinstance(done.exception, UserError) and "was trained with data.split" in str(done.exception)
+    done = herd("lora.rank=2,3,5,6", "--slurm", "--at-once", 2, "--partition", "cpu", "--nodes", 3)
+    points, table = queue.sent
+    assert {"--array=0-2%2", "--nodes=3", "--partition=cpu"} < set(points) and "rank=3: task 11_0" in done.output
+    assert points[-1] == "runs/tiny-sweep/points" and points[-2].endswith("slurm/sweep.slurm")
+    assert "--dependency=afterany:11" in table and table[-4:] == [
+        "tiny.yaml",
+        "lora.rank=2,3,5,6",
+        "--name",
+        "tiny-sweep",
+    ]
+    comment = f"herd sweep {Path('runs/tiny-sweep').absolute()}"
+    queue.jobs = [
+        slurm.Job("13", "PENDING", comment=comment, task="11_2"),
+        slurm.Job("14", "COMPLETED", comment=comment, task="11_1"),
+    ]
+    done = herd("lora.rank=3,6,7", "--slurm")
+    assert "rank=6: in the queue already, task 11_2" in done.output and "--array=0,3" in queue.sent[2]
+    lines = Path("runs/tiny-sweep/points").read_text().splitlines()
+    assert [line.partition("rank=")[2][0] for line in lines] == ["3", "5", "6", "7"]
+
+
+def test_numbers_of_an_array_are_written_short() -> None:
+    assert sweep_slurm.ranges([5, 0, 1, 2, 7, 8]) == "0-2,5,7-8"
+    line = ["12 11_3", "RUNNING", *[""] * 12]
+    job = slurm.parse("\x1f".join(line))[0]
+    assert (job.id, job.address) == ("12", "11_3") and slurm.parse("\x1f".join(["12 12", *line[1:]]))[0].address == "12"
 
 
 def test_a_signal_reaches_the_training_and_ends_the_sweep(tmp_path: Path) -> None:
