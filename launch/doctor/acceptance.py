@@ -24,7 +24,10 @@ from launch.compare import write
 from launch.doctor.facts import NodeFacts
 from launch.doctor.rules import Finding
 
-STEPS = 120
+STEPS = 180
+"""On a healthy CPU bf16_sr is undecided by the gradient norm after 120."""
+SHOWN = (1, 2, 10, 60, 120, STEPS)
+"""Steps whose losses stand in the report, so that it says something without the pictures."""
 COMMON = (
     f"train.steps={STEPS}", "model.num_kv_heads=2", "checkpoint.interval=0", "checkpoint.at_end=false",
     "validation.interval=0", "log.interval=1", "optimizer.lr=1e-3", "schedule.min_lr=1e-4",
@@ -86,7 +89,7 @@ def run(folder: Path, device: str, count: int, facts: NodeFacts, findings: Seque
         click.echo(f"{way.name:12} {result['verdict']:10} {result['text']}")
         results.append(result)
     write_report(folder, device, facts, findings, record, results)
-    click.echo(f"report: {folder / 'report.md'}")
+    click.echo(f"{overall(results)}; report: {folder / 'report.md'}")
     return int(any(result["verdict"] == "FAIL" for result in results))
 
 
@@ -145,6 +148,38 @@ def _sentence(judged: Mapping[str, Any]) -> str:
         return str(judged["said"])
 
 
+def overall(results: Sequence[Mapping[str, Any]]) -> str:
+    """How many ways passed, and which did not."""
+    words = [
+        f"{word}: {', '.join(r['way'] for r in results if r['verdict'] == word)}"
+        for word in ("FAIL", "undecided")
+        if any(r["verdict"] == word for r in results)
+    ]
+    passed = sum(r["verdict"] == "pass" for r in results)
+    return "; ".join([f"{passed} of {len(results)} ways pass", *words])
+
+
+def losses(folder: Path, names: Sequence[str]) -> list[str]:
+    """A table of the losses at a few steps by way; those that did not train are left out."""
+    from llama.compare.events import find_tag, read_run
+
+    rows = ["| way |" + "".join(f" step {step} |" for step in SHOWN), "|---" * (len(SHOWN) + 1) + "|"]
+    for name in names:
+        try:
+            curves = read_run(folder / name)
+        except UserError:
+            continue
+        if tag := find_tag(curves, "loss"):
+            found = dict(zip(*curves[tag], strict=True))
+            rows.append(f"| {name} |" + "".join(f" {found[s]:.5f} |" if s in found else " – |" for s in SHOWN))
+    return rows
+
+
+def in_units(name: str, value: float) -> str:
+    """A measured speed for people."""
+    return f"{value / 1e9:,.0f} GFLOP/s" if name == "matrix products" else f"copied at {value / 1e9:,.0f} GB/s"
+
+
 def write_report(
     folder: Path,
     device: str,
@@ -157,27 +192,33 @@ def write_report(
     rows = [
         f"| {r['way']} | {r['processes']} | **{r['verdict']}** | {r['text']} | {r['seconds']:.0f} |" for r in results
     ]
+    own = {name: value for name, value in facts.own.items() if name != "address"}  # nobody's business in an issue
     text = "\n".join(
         [
-            f"# herd acceptance of `{device}` on {facts.node}",
+            f"# herd acceptance of `{device}` on {facts.node}: {overall(results)}",
             "",
-            f"{STEPS} steps of the recipe `demo`, the same weights and batches as on one CPU process in fp32. Curves are",
-            "beside this file; `herd compare` says what its rules are (docs/compare.md).",
+            f"{STEPS} steps of the recipe `demo`, the same weights and batches as on one CPU process in fp32, "
+            f"{time.strftime('%Y-%m-%d')}.",
+            "`herd compare` says what its rules are (docs/compare.md). An undecided way is no fault: too few steps to tell.",
             "",
             "| way | processes | verdict | in words | seconds |",
             "|---|---|---|---|---|",
             *rows,
             "",
+            "## Losses",
+            "",
+            *losses(folder, ["cpu", *(str(r["way"]) for r in results)]),
+            "",
             "## This machine",
             "",
-            *(f"- {name}: {value}" for name, value in {**facts.same, **facts.own}.items()),
-            *(f"- {name}: {value:,.4g}" for name, value in facts.speeds.items()),
+            *(f"- {name}: {value}" for name, value in {**facts.same, **own}.items()),
+            *(f"- {name}: {in_units(name, value)}" for name, value in facts.speeds.items()),
             *(f"- **{each.level}**: {each.text}. {each.remedy}" for each in findings),
             "",
             "## Commands",
             "",
             "```bash",
-            *(each["command"] for each in record.done.values()),
+            *(each["command"].replace(str(folder), "acceptance") for each in record.done.values()),
             "```",
             "",
         ]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from torch.utils.tensorboard import SummaryWriter
 
 from launch.doctor import command, facts, read_answers
 from launch.doctor.acceptance import COMMON, Record, ways, write_report
@@ -189,13 +190,21 @@ def test_its_report_has_the_verdicts_the_machine_and_the_commands(tmp_path: Path
     record = Record(tmp_path / "steps.jsonl")
     record.done["fp32"] = {"command": "herd train demo", "code": 0}
     result = {"way": "fp32", "processes": 1, "verdict": "pass", "text": "equal within 0.5 %", "seconds": 12.3}
-    write_report(tmp_path, "cuda", node("a"), [Finding("warning", "a", "it is warm", "cool it")], record, [result])
+    bad = result | {"way": "fsdp", "verdict": "FAIL", "text": "it did not train: out of memory"}
+    board = SummaryWriter(str(tmp_path / "fp32" / "tensorboard"))
+    for step in range(1, 181):
+        board.add_scalar("reduced_train_loss", 7 / step, step)
+    board.close()
+    record.done["fp32"]["command"] += f" run_dir={tmp_path}/fp32"
+    write_report(tmp_path, "cuda", node("a"), [Finding("warning", "a", "it is warm", "cool it")], record, [result, bad])
     text = (tmp_path / "report.md").read_text()
+    assert "on a: 1 of 2 ways pass; FAIL: fsdp" in text and str(tmp_path) not in text and "address" not in text
+    assert "| fp32 | 7.00000 | 3.50000 | 0.70000 | 0.11667 | 0.05833 | 0.03889 |" in text and "| cpu |" not in text
     for line in (
         "| fp32 | 1 | **pass** | equal within 0.5 % | 12 |",
         "- torch: 2.13.0",
         "it is warm",
-        "herd train demo",
+        "herd train demo run_dir=acceptance/fp32",
     ):
         assert line in text
     assert json.loads((tmp_path / "report.json").read_text())["results"][0]["verdict"] == "pass"
