@@ -21,9 +21,10 @@ from data_prep.errors import UserError
 from data_prep.inputs import PARQUET, TEXT, File
 from data_prep.streams import PLAIN, packing
 
-SMALLEST, LARGEST = 1 << 25, 1 << 28  # bytes of a part: an eighth of a minute's work, and few enough files for 10 TB
+SMALLEST, USUAL, LARGEST = 1 << 23, 1 << 25, 1 << 28  # bytes of a part; the last gives few enough files for 10 TB
+FEW_PARTS = 64  # up to USUAL, half a second's work, parts grow before there are more: enough that workers end together
 PART_NAME = re.compile(r"-\d{4,}-[0-9a-f]{20}$")
-PARTS_WANTED = 4096  # parts grow before there are more than this
+PARTS_WANTED = 4096  # beyond it, parts grow before there are more than this
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Unit:
 def part_size(files: Sequence[File]) -> int:
     """Bytes of a part: a power of two that depends on the inputs' sizes alone."""
     total, size = sum(file.size for file in files), SMALLEST
-    while size < LARGEST and total > PARTS_WANTED * size:
+    while size < LARGEST and total > (FEW_PARTS if size < USUAL else PARTS_WANTED) * size:
         size *= 2
     return size
 

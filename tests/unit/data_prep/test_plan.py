@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from data_prep.errors import UserError
 from data_prep.inputs import JSONL, PARQUET, TEXT, File, describe, expand_inputs
-from data_prep.plan import LARGEST, PART_NAME, SMALLEST, Span, Unit, make_plan, part_size, settings_digest
+from data_prep.plan import LARGEST, PART_NAME, SMALLEST, USUAL, Span, Unit, make_plan, part_size, settings_digest
 from data_prep.tokenize import Options, _settings
 from data_prep.tokenizers import Tokenizer
 
@@ -177,9 +177,9 @@ def test_the_plan_follows_the_sorted_paths_whatever_the_arguments_order(tmp_path
 def test_the_size_of_parts_follows_from_the_inputs_alone(sizes: list[int]) -> None:
     files = [File(Path(f"{i}"), JSONL, size, 0) for i, size in enumerate(sizes)]
     size, total = part_size(files), sum(sizes)
-    assert size in (SMALLEST, 2 * SMALLEST, 4 * SMALLEST, LARGEST) and size == part_size(files[::-1])
-    assert size == LARGEST or total <= 4096 * size
-    assert size == SMALLEST or total > 4096 * size // 2
+    assert size in [SMALLEST << i for i in range(6)] and size == part_size(files[::-1])
+    assert size == LARGEST or total <= (64 if size < USUAL else 4096) * size
+    assert size == SMALLEST or total > (64 if size <= USUAL else 4096) * size // 2
 
 
 def test_a_file_that_cannot_be_read_is_named_before_any_work() -> None:
