@@ -116,7 +116,7 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
             "",
             f"Noise: {noise_in_words(c)}.",
             "",
-            "| fault | would have been found | by | effect when planted | enough here |",
+            "| fault | would have been found | by | effect when planted, at least | enough here |",
         ]
         lines.append("|---|---|---|---|---|")
         lines += [
