@@ -104,6 +104,12 @@ def command(base: Path, adapter: Path, to: Path, dtype: str | None, check: bool,
             )
             if found.difference > max(0.5 * found.effect, 0.02 * found.size):
                 raise UserError(f"{to}: the merged model computes something else than base and adapter; do not use it")
+            if found.difference > 0.5 * found.effect and kind != "float32":
+                click.echo(
+                    f"herd: warning: {kind} rounds most of what this adapter changes away: it was trained little; "
+                    "--dtype float32 keeps it",
+                    err=True,
+                )
 
 
 def _card(recipe: Recipe, base: Path, adapter: Path) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from click.testing import CliRunner
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data_prep.errors import UserError
 from launch.merge import command as herd_merge
@@ -154,6 +154,17 @@ def test_herd_merge_says_how_near_the_logits_are(base: Path, tmp_path: Path) -> 
     assert "in bfloat16" in done.output and "of next tokens the same" in done.output
     again = CliRunner().invoke(herd_merge, arguments)
     assert isinstance(again.exception, UserError) and "is not empty" in str(again.exception)
+
+
+def test_what_bf16_rounds_away_of_an_adapter_is_told(base: Path, tmp_path: Path) -> None:
+    recipe = _recipe(base)
+    hf.export_adapter(_checkpoint(recipe, tmp_path / "step"), recipe, tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({k: v * 1e-3 if "lora_B" in k else v for k, v in load_file(file).items()}, file)
+    for kind, told in (("bfloat16", True), ("float32", False)):
+        arguments = [str(base), str(tmp_path / "adapter"), "--to", str(tmp_path / kind), "--dtype", kind]
+        done = CliRunner().invoke(herd_merge, arguments)
+        assert done.exit_code == 0 and ("rounds most of what this adapter changes away" in done.output) == told
 
 
 def _break_config(folder: Path, **keys: Any) -> None:
