@@ -48,6 +48,8 @@ class Comparison:
     """Half the distance between the lowest and the highest reference at each x."""
     parted: bool = False
     """Whether a pair of one start is judged as seeds are, because rounding has led them as far apart."""
+    recipes: tuple[str, ...] = ()
+    """Keys in which the recipes of our own run folders differ, with both values."""
     from_zero: tuple[str, ...] = ()
     """Runs that number their first step 0; 1 was added."""
 

@@ -35,6 +35,7 @@ def as_json(comparisons: Sequence[Comparison]) -> dict[str, Any]:
             "same_start": c.same_start,
             "parted": c.parted,
             "noise": c.noise,
+            "recipes_differ_in": list(c.recipes),
             "counted_from_0": list(c.from_zero),
             "pairing": _number(c.pairing),
             "likeness": c.likeness,
@@ -80,6 +81,12 @@ def noise_in_words(c: Comparison) -> str:
     return text + "; one reference, so noise is the curves' own, and how far seeds lie apart is unknown"
 
 
+def recipes_in_words(c: Comparison, most: int = 8) -> str:
+    """Keys in which the recipes differ, reference first."""
+    more = len(c.recipes) - most
+    return "; ".join(c.recipes[:most]) + (f"; and {more} more" if more > 0 else "")
+
+
 def as_text(c: Comparison) -> list[str]:
     """Lines for a terminal or a log, the sentence last."""
     width = max(len(f.rule) for f in c.findings)
@@ -88,6 +95,8 @@ def as_text(c: Comparison) -> list[str]:
     ]
     lines += [f"  {mark(f):<10} {f.rule:<{width}}  {f.says}" for f in c.findings]
     lines.append(f"  noise: {noise_in_words(c)}")
+    if c.recipes:
+        lines.append(f"  recipes differ in {recipes_in_words(c)}")
     lines += [f"  {name} numbers its first step 0; here it is step 1, as in other runs" for name in c.from_zero]
     lines += [f"  {reach.says}" for reach in within_reach(c.findings)]
     return [*lines, f"{c.verdict.upper()}: {c.sentence}"]
@@ -115,6 +124,7 @@ def as_markdown(comparisons: Sequence[Comparison]) -> str:
         lines += [
             "",
             f"Noise: {noise_in_words(c)}.",
+            *([f"Recipes differ in {recipes_in_words(c)}."] if c.recipes else []),
             "",
             "| fault | would have been found | by | effect when planted, at least | enough here |",
         ]

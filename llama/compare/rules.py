@@ -114,7 +114,7 @@ def opening(what: str, steps: Series, a: Series, b: Series, bound: float, claime
     if not early.any():
         return Finding(rule, "absent", f"not judged, as neither run shows a {what} of its first {OPENING} steps")
     worst = float(np.abs(b[early] / a[early] - 1).max())
-    says = f"up to step {steps[early][-1]:,.0f} the {what} is at most {percent(worst)} apart (same start: {percent(bound)} at most)"
+    says = f"up to step {steps[early][-1]:,.0f} the {what} is {percent(worst)} apart (with one start {percent(bound)} at most)"
     return Finding(rule, "pass" if worst <= bound else "fail", says, worst, tolerance=bound, detectable=bound)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,31 @@ def open_run(path: Path, name: str | None = None) -> Run:
         except (OSError, UnicodeDecodeError, yaml.YAMLError):
             recipe = {}
     return Run(name or path.name, path, read_run(path), recipe)
+
+
+ASIDE = ("name", "run_dir", "checkpoint", "resilience", "log", "validation")
+"""Sections of a recipe that train nothing."""
+
+
+def differing(a: Run, b: Run) -> list[str]:
+    """Keys in which the recipes of two run folders differ, with both values; of what trains alone."""
+    if not a.recipe or not b.recipe:
+        return []
+    ours, theirs = dict(_flat(a.recipe)), dict(_flat(b.recipe))
+    return [
+        f"{key} ({ours.get(key)} | {theirs.get(key)})"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key) and key.split(".")[0] not in ASIDE
+    ]
+
+
+def _flat(keys: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested keys as a.b.c."""
+    for key, value in keys.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def same_start(a: Run, b: Run) -> bool:

@@ -17,7 +17,7 @@ from llama.compare.align import Line, Over, align, axis_for, counted_from, line
 from llama.compare.comparison import Comparison, sentence
 from llama.compare.events import find_tag, need_tag
 from llama.compare.rules import Band, Finding, Options
-from llama.compare.run import Run, same_start
+from llama.compare.run import Run, differing, same_start
 from llama.compare.statistics import Estimate, Series, jitter, noise
 
 COMPARED = ("loss", "gradient norm", "parameter norm")
@@ -121,7 +121,7 @@ def compare(
         pairing=apart / gap_noise if gap_noise else math.inf, likeness=likeness, same_start=twin is not None,
         noise=gap_noise / float(a.mean()), band=bands, x=x, reference_loss=a, candidate_loss=b, norms=norms,
         spread=_spread(curves["loss"], references, x),
-        parted=parted,
+        parted=parted, recipes=tuple(differing(first, candidate)),
         from_zero=tuple(name for name, run in everyone.items() if axis == "steps" and not counted_from(run.curves)),
     )  # fmt: skip
     return replace(result, sentence=sentence(result))

@@ -15,7 +15,7 @@ from data_prep.errors import UserError
 from llama.compare import Comparison, Options, Run, assert_parity, compare, open_run
 from llama.compare.events import Curve, read_run
 from llama.compare.faults import FAULTS, within_reach
-from llama.compare.report import noise_in_words
+from llama.compare.report import as_markdown, as_text, noise_in_words
 from tests.unit.llama.compare.series import wandering
 
 FIXTURES = Path(__file__).parents[3] / "fixtures/parity"
@@ -313,7 +313,10 @@ def test_recipes_of_run_folders_tell_whether_runs_start_alike(tmp_path: Path) ->
         (tmp_path / name / "recipe.yaml").write_text(yaml.safe_dump({"train": train, "data": {"seed": 5}}))
     runs = {name: open_run(tmp_path / name) for name in "abc"}
     assert compare([runs["a"]], runs["b"]).same_start
-    assert not compare([runs["a"]], runs["c"]).same_start
+    other = compare([runs["a"]], runs["c"])
+    assert not other.same_start and other.recipes == ("train.seed (1 | 2)",)
+    assert "  recipes differ in train.seed (1 | 2)" in as_text(other)
+    assert "Recipes differ in train.seed" in as_markdown([other])
 
 
 def test_the_assertion_for_tests_says_what_each_rule_found() -> None:
