@@ -14,6 +14,8 @@ from llama.compare.events import Curve, find_tag
 from llama.compare.statistics import Series
 
 Over = Literal["auto", "steps", "samples", "tokens"]
+MEANS = ("train/loss",)
+"""Tags whose points are means since the point before (transformers' trainer.py, _maybe_log_save_evaluate)."""
 VERSUS = " vs samples"
 """Megatron-LM writes each curve twice; under this ending its step is the number of samples."""
 
@@ -23,6 +25,8 @@ class Line(NamedTuple):
 
     x: Series
     y: Series
+    means: bool = False
+    """Whether a point is the mean since the one before, as the Hugging Face trainer logs its loss."""
 
 
 def counted_from(curves: Mapping[str, Curve]) -> int:
@@ -72,7 +76,9 @@ def line(curves: Mapping[str, Curve], tag: str, over: str, name: str) -> Line:
     """The curve `tag` over `over`; steps count from 1. UserError when the run does not say where on that axis it lies."""
     curve = curves[tag]
     if over == "steps":
-        return Line(np.array(curve.steps, float) + 1 - counted_from(curves), np.array(curve.values, float))
+        return Line(
+            np.array(curve.steps, float) + 1 - counted_from(curves), np.array(curve.values, float), tag in MEANS
+        )
     if over == "samples" and tag + VERSUS in curves:
         other = curves[tag + VERSUS]
         return Line(np.array(other.steps, float), np.array(other.values, float))
@@ -82,16 +88,17 @@ def line(curves: Mapping[str, Curve], tag: str, over: str, name: str) -> Line:
     known = dict(zip(*curves[axis], strict=True))
     points = [(known[s], v) for s, v in zip(*curve, strict=True) if math.isfinite(known.get(s, math.nan))]
     x, y = np.array(points, float).reshape(-1, 2).T
-    return Line(x, y)
+    return Line(x, y, tag in MEANS)
 
 
 def align(a: Line, b: Line, names: tuple[str, str], over: str) -> tuple[Series, Series, Series]:
     """x, and both curves there: the points of the sparser one in the range that both cover.
 
-    Where both have a point, and nothing is made up, points that are the same batch stay a pair. Points that are not
-    finite are left out. Raises UserError when there is no common range.
+    Where both have a point, and nothing is made up, points that are the same batch stay a pair; where the sparser one's
+    points are means, they meet the other's means over the same steps. Points that are not finite are left out. Raises
+    UserError when there is no common range.
     """
-    a, b = (Line(c.x[np.isfinite(c.y)], c.y[np.isfinite(c.y)]) for c in (a, b))
+    a, b = (Line(c.x[np.isfinite(c.y)], c.y[np.isfinite(c.y)], c.means) for c in (a, b))
     if not len(a.x) or not len(b.x):
         raise UserError(f"{names[0] if not len(a.x) else names[1]}: has no finite point", 1)
     low, high = max(a.x[0], b.x[0]), min(a.x[-1], b.x[-1])
@@ -102,4 +109,16 @@ def align(a: Line, b: Line, names: tuple[str, str], over: str) -> tuple[Series, 
         raise UserError(f"the runs have no common range: {ranges}; choose runs that overlap, or another --over", 2)
     inside = [c.x[(c.x >= low) & (c.x <= high)] for c in (a, b)]
     x = min(inside, key=len)
-    return x, np.interp(x, a.x, a.y), np.interp(x, b.x, b.y)
+    return x, _at(x, a, len(inside[0]) > len(x) and b.means), _at(x, b, len(inside[1]) > len(x) and a.means)
+
+
+def _at(x: Series, curve: Line, means: bool) -> Series:
+    """A curve at `x`; with `means` its mean since the x before, where it has points there."""
+    y = np.interp(x, curve.x, curve.y)
+    if not means:
+        return y
+    sums = np.concatenate(([0.0], np.cumsum(curve.y)))
+    end = np.searchsorted(curve.x, x, "right")
+    begin = np.searchsorted(curve.x, np.concatenate(([2 * x[0] - x[1]], x[:-1])), "right")
+    found: Series = np.where(end > begin, (sums[end] - sums[begin]) / np.maximum(end - begin, 1), y)
+    return found

@@ -96,6 +96,21 @@ def test_any_two_trainers_on_the_same_batches_are_a_pair(runs: dict[str, Run], r
     assert [f.verdict for f in openings] == ["pass", "pass"] and all((f.value or 0) < 1e-6 for f in openings)
 
 
+@pytest.mark.parametrize("every", [2, 5])
+def test_means_over_a_logging_interval_meet_the_means_of_single_steps(every: int) -> None:
+    ends = range(every, 20 * STEPS + 1, every)
+    means = [float(np.mean([loss(n) for n in range(end - every + 1, end + 1)])) for end in ends]
+    seldom = Run("seldom", Path("s"), {"train/loss": Curve(list(ends), means)})
+    steps = list(range(1, 20 * STEPS + 1))
+    often = Run("often", Path("o"), {"reduced_train_loss": Curve(steps, [loss(n) for n in steps])})
+    for reference, candidate in ((often, seldom), (seldom, often)):
+        found = compare([reference], candidate, Options(same_start=True))
+        assert found.verdict == "pass" and found.noise < 1e-6 and found.likeness > 0.999
+    rest = float(np.mean([loss(n) for n in range(2, every + 1)]))  # with logging_first_step
+    gaps = Run("gaps", Path("g"), {"train/loss": Curve([1, *ends], [loss(1), rest, *means[1:]])})
+    assert compare([often], gaps, Options(same_start=True)).verdict == "pass"
+
+
 def test_one_step_off_would_be_seen(runs: dict[str, Run]) -> None:
     late = {tag: Curve([step + 1 for step in curve.steps], curve.values) for tag, curve in runs["hf"].curves.items()}
     found = compare([runs["herd"]], Run("late", Path("late"), late), Options(same_start=True))
