@@ -12,8 +12,14 @@ or its packing (bfd); logits never exist whole on either side; nothing is recomp
 attention TRL packs too, and transformers keeps the examples apart by a mask of S x S that it makes from positions.
 Each side runs in a process of its own, one after the other, alternating for --rounds; the first step is left out. On a
 CPU seconds are those that the process worked, of one thread with --threads 1, so that what else runs matters little.
-Memory is the peak of the process less what it held before the model was built (CPU), or of the device (CUDA).
-Writes benchmarks/results/finetune_speed-DEVICE.json.
+How much padding there is depends on the records: `fill` is the share of the computed positions that are tokens. Few
+records leave our last sequence half empty, which a real set does not; take 32 or more.
+
+Memory is the peak of the process less what it held before the model was built (CPU), or of the device (CUDA). By
+default glibc keeps freed blocks; --memory measures what is in use, as benchmarks/plan_check.py does: glibc gives every
+freed block of 64 KiB and more back at once, on all sides, which costs time, so that no speed is told. What it is held
+against is worked out by the formulas of `herd plan`.
+Writes benchmarks/results/finetune_speed-DEVICE.json; with --add beside what is there.
 """
 
 from __future__ import annotations
@@ -56,6 +62,8 @@ def recipe(options: argparse.Namespace, case: str, sequences: int = 1) -> Any:
             "train": {
                 "steps": options.steps, "global_batch_size": sequences, "micro_batch_size": 1, "seed": SEED,
                 "precision": options.precision, "init_from": options.model,
+                # A chunk's logits fit below glibc's largest threshold for blocks that it keeps: a tenth faster on CPUs.
+                "loss_chunk": 256 if options.cpu else 1024,
                 "activation_checkpointing": "full" if options.remat else "none",
             },
             "lora": lora | ({"quantize": "nf4"} if case == "qlora" else {}),
@@ -157,40 +165,22 @@ def herd(options: argparse.Namespace, case: str) -> dict[str, Any]:
     parameters = {p for part in model.parts for p in (*part.parameters(), *part.buffers())}
     result["frozen_bytes"] = sum(p.nbytes for p in parameters if not p.requires_grad)
     result["trained_parameters"] = sum(p.numel() for p in parameters if p.requires_grad)
-    if case == "qlora":
+    if case == "qlora" and (options.memory or device.type == "cuda"):  # a process holds more than is in use
         result["arithmetic"] = arithmetic(config, *packed_size(config))
     torch.distributed.destroy_process_group()
     return result
 
 
 def arithmetic(config: Any, weights: int, packed: int) -> dict[str, Any]:
-    """QLoRA's memory worked out: packed weights, the rest as it is computed with, 16 bytes a trained parameter (weight,
-    gradient, both moments in fp32); kept hidden states, the block that is computed, or the logits of a chunk."""
-    import torch
-
-    from llama.model.llama import count_parameters
+    """QLoRA's memory worked out: what the formulas of `herd plan` foresee, and what its weights are made of."""
     from llama.parallel.adapters import adapter_shapes
+    from llama.plan.analytic import foresee
 
-    model, tokens = config.model, config.train.micro_batch_size * config.data.seq_length
-    width = 4 if config.train.precision == "fp32" else 2
-    rest = (count_parameters(model)[0] - weights) * width
-    trained = sum(a * b for a, b in adapter_shapes(config).values())
-    kv = model.kv_heads * model.head_size
-    # Kept of a block for backward: both norms' inputs (which CPUs widen to fp32) and outputs, q, k, v, what attention gives
-    # twice (documents apart, and joined), gate, up, silu and product; the adapters' narrow products are left out.
-    norms = 2 * model.hidden_size * (1 if torch.cuda.is_available() else 4 // width)
-    queries = model.num_heads * model.head_size
-    block = tokens * width * (norms + 2 * model.hidden_size + 3 * queries + 2 * kv + 4 * model.intermediate_size)
-    remat = config.train.activation_checkpointing == "full"
-    kept = tokens * model.hidden_size * width * model.num_layers if remat else block * model.num_layers
-    # A chunk's logits in fp32, and narrow before or their gradient after.
-    chunk = min(tokens, config.train.loss_chunk) * model.vocab_size * (4 + width % 4)
-    transient = max(chunk, 2 * block) if remat else chunk
-    static = packed + rest + 16 * trained
+    one = config.model_validate(config.model_dump() | {"train": config.train.model_dump() | {"global_batch_size": 1}})
+    memory = foresee(one, 1, 0).memory
     return {
-        "packed_weights": weights, "packed_bytes": packed, "bits": 8 * packed / weights, "rest_bytes": rest,
-        "adapter_bytes": 16 * trained, "static": static, "kept_activations": kept, "transient": transient,
-        "peak": static + kept + transient,
+        "packed_weights": weights, "packed_bytes": packed, "bits": 8 * packed / weights,
+        "adapter_bytes": 4 * sum(a * b for a, b in adapter_shapes(config).values()), **vars(memory), "peak": memory.peak,
     }  # fmt: skip
 
 
@@ -288,7 +278,8 @@ def child(options: argparse.Namespace, side: str, case: str) -> dict[str, Any]:
 def run_child(options: argparse.Namespace, side: str, case: str) -> dict[str, Any]:
     """Run one side in a fresh process; {"error": last line} when it fails, out of memory for instance."""
     threads = {"OMP_NUM_THREADS": str(options.threads)} if options.threads else {}
-    environment = {**os.environ, **threads, "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
+    exact = {"MALLOC_MMAP_THRESHOLD_": "65536"} if options.memory else {}
+    environment = {**os.environ, **threads, **exact, "PYTHONPATH": f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}"}
     given = json.dumps(vars(options) | {"child": None, "to": None})
     done = subprocess.run(
         [sys.executable, __file__, "--child", side, case, given], capture_output=True, text=True, env=environment,
@@ -334,6 +325,7 @@ def compare(options: argparse.Namespace, case: str, rounds: dict[str, list[dict[
     """Medians over the rounds, ratios to each side of TRL, and the greatest distance of their losses from ours."""
     row: dict[str, Any] = {
         "case": case,
+        "measured": "memory in use" if options.memory else "speed",
         "records": options.records,
         "seq_length": options.seq_length,
         "precision": options.precision,
@@ -348,16 +340,17 @@ def compare(options: argparse.Namespace, case: str, rounds: dict[str, list[dict[
     ours = row.get("herd", {})
     for side, theirs in list(row.items()):
         if side.startswith("trl") and "losses" in theirs and "losses" in ours:
-            row[f"against_{side}"] = {
+            speed = {
                 "speed_by_wall": theirs["wall_seconds"] / ours["wall_seconds"],
                 "speed": ours["trained_per_second"] / theirs["trained_per_second"],
+            }
+            row[f"against_{side}"] = ({} if options.memory else speed) | {
                 "memory": ours["peak_memory"] / theirs["peak_memory"],
                 "loss_gap": max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=False)),
             }
     if "arithmetic" in ours:
         worked_out = ours["arithmetic"]
-        frozen = worked_out["packed_bytes"] + worked_out["rest_bytes"]
-        ours["frozen_over_arithmetic"] = ours["frozen_bytes"] / frozen
+        ours["frozen_over_arithmetic"] = ours["frozen_bytes"] / (worked_out["weights"] - worked_out["adapter_bytes"])
         ours["peak_over_arithmetic"] = ours["peak_memory"] / worked_out["peak"]
     return row
 
@@ -382,6 +375,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of a child process; torch's choice when not given")
     parser.add_argument("--remat", action="store_true", help="recompute blocks on both sides")
     parser.add_argument("--attention", help="TRL's attention on CUDA, such as flash_attention_2 or kernels-community/…")
+    parser.add_argument("--memory", action="store_true", help="measure the memory in use, and no speed (CPU)")
+    parser.add_argument("--add", action="store_true", help="keep the results that the file has, but for those repeated")
     parser.add_argument("--to", type=Path, help="result file")
     options = parser.parse_args()
     if options.child:
@@ -404,9 +399,10 @@ def main() -> None:
         "torch": torch.__version__, "python": platform.python_version(),
     }  # fmt: skip
     sides = [side for side in options.sides if side == "herd" or options.extra]
-    results: list[dict[str, Any]] = []
+    options.cpu = device.type == "cpu"
     to = options.to or HERE / "results" / f"finetune_speed-{about['device'].replace(' ', '_')}.json"
     to.parent.mkdir(parents=True, exist_ok=True)
+    results: list[dict[str, Any]] = json.loads(to.read_text())["results"] if options.add and to.exists() else []
     with tempfile.TemporaryDirectory(prefix="finetune_speed-") as work:
         options.work = work
         if options.shape:
@@ -419,9 +415,11 @@ def main() -> None:
             for i in range(options.rounds):
                 for side in sides if i % 2 == 0 else sides[::-1]:
                     rounds[side].append(run_child(options, side, case))
-            results.append(compare(options, case, rounds) | {"rounds": rounds})
+            row = compare(options, case, rounds) | {"rounds": rounds, "command": sys.argv}
+            same = ("case", "measured", "records", "seq_length", "precision")
+            results = [old for old in results if any(old.get(key) != row[key] for key in same)] + [row]
             print(json.dumps({k: v for k, v in results[-1].items() if k != "rounds"}, indent=1), flush=True)
-            to.write_text(json.dumps({"machine": about, "command": sys.argv, "results": results}, indent=1) + "\n")
+            to.write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")
     print(f"written to {to}")
 
 
