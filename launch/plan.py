@@ -169,6 +169,12 @@ def _calibrate(kind: str, processes: int) -> None:
 
     if kind != "cpu":
         raise UserError("--calibrate measures this machine; on a node of the cluster call it there, in a job", 2)
+    if (busy := os.getloadavg()[0]) > 0.5:
+        click.echo(
+            f"warning: {busy:.1f} processes were at work here in the last minute; rates measured beside others are too low, "
+            "several times so with one process: measure again when it is quiet",
+            err=True,
+        )
     click.echo(f"measuring this machine with {processes} process{'es' * (processes > 1)} for about a minute", err=True)
     rates = calibrate(processes)
     click.echo(f"kept in {save_rates(rates)}", err=True)

@@ -114,3 +114,14 @@ def test_the_search_is_told_and_drawn(tmp_path: Path) -> None:
     assert code == 0 and "ways to lay it out were tried" in out and "\n1. " in out
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(("busy", "warned"), [(0.1, False), (3.0, True)])
+def test_a_machine_that_is_at_work_is_measured_with_a_warning(
+    busy: float, warned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.getloadavg", lambda: (busy, 0.0, 0.0))
+    monkeypatch.setattr("llama.plan.calibrate.calibrate", lambda processes: None)
+    monkeypatch.setattr("llama.plan.calibrate.save_rates", lambda rates: "rates.json")
+    code, out = plan("--calibrate")
+    assert code == 0 and ("measure again when it is quiet" in out) == warned
