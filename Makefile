@@ -37,8 +37,10 @@ lint: .venv/installed
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
+# Tests of one process share the cores; those of several processes, and of Slurm's clocks, have them to themselves.
 test: lint
-	.venv/bin/pytest
+	.venv/bin/pytest --numprocesses 2 --dist loadfile tests/unit
+	.venv/bin/pytest --ignore tests/unit
 
 clean:
 	rm -rf .venv .venv-demo *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .cache

@@ -31,6 +31,7 @@ DEV = [
     *MLFLOW,
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "gigatoken>=0.10",  # a second fast engine, used where it is installed
     "ruff>=0.9",
