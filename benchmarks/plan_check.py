@@ -1,6 +1,6 @@
 """Plan against measured: memory and seconds of a step as `herd plan` foresees them, and as real processes have them.
 
-    python benchmarks/plan_check.py                          # calibrates first, then all cases: about ten minutes on 2 cores
+    python benchmarks/plan_check.py                          # calibrates first, then all cases: about 14 minutes on 2 cores
     python benchmarks/plan_check.py --cases fsdp2 tp2_no_sp  # some
 
 Each case trains a small Llama for a few steps in 1, 2 or 4 processes, started as `herd train` starts them. A step's time
@@ -46,6 +46,7 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "single_bf16_mixed": (1, {"train": {"precision": "bf16_mixed"}}),
     "single_bf16_sr": (1, {"train": {"precision": "bf16_sr"}}),
     "single_lora": (1, {"lora": LORA}),
+    "single_dora_int8": (1, {"lora": LORA | {"dora": True, "quantize": "int8"}}),
     "fsdp2": (2, {}),
     "fsdp2_bf16_mixed_full": (2, {"train": {"precision": "bf16_mixed", "activation_checkpointing": "full"}}),
     "fsdp2_lora_bf16_mixed": (2, {"train": {"precision": "bf16_mixed"}, "lora": LORA}),
@@ -65,6 +66,11 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
             "train": {"micro_batch_size": 1},
         },
     ),
+    "pp2_gpipe": (
+        2,
+        {"parallel": {"pipeline_parallel": 2, "pipeline_schedule": "gpipe"}, "train": {"micro_batch_size": 1}},
+    ),
+    "pp2_tp2": (4, {"parallel": {"pipeline_parallel": 2, "tensor_parallel": 2}, "train": {"micro_batch_size": 1}}),
     "fsdp2_tp2": (4, {"parallel": {"tensor_parallel": 2}}),
     "rep2_fsdp2": (4, {"parallel": {"replicate": 2}, "train": {"global_batch_size": 8, "micro_batch_size": 1}}),
 }
