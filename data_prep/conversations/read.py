@@ -76,7 +76,8 @@ class Tally:
                 f"out with --max-bad {min(1.0, share + 5e-4):.3f}"
             )
         if not self.conversations:
-            raise UserError(f"no conversation among {self.records:,} records; check the input")
+            first = f"; the first: {self.examples[0]}" if self.examples else ""
+            raise UserError(f"no conversation among {self.records:,} records{first}; check the input")
 
 
 def read_conversations(
