@@ -81,7 +81,9 @@ def same_as(run: Disturbed, reference: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_run_survives_fault_after_fault(disturbed: Callable[..., Disturbed], references: Callable[[int], Path]) -> None:
+def test_a_run_survives_fault_after_fault(
+    disturbed: Callable[..., Disturbed], references: Callable[[int], Path]
+) -> None:
     reference = references(SOAK_STEPS)
     run = disturbed(f"train.steps={SOAK_STEPS}")
     hits = list(disturb(run, seed=7, count=SOAK_FAULTS))
