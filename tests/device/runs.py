@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -24,11 +25,16 @@ def neuron_train(rank: int, config: Recipe, act: Any = None) -> Record:
         if act is not None:
             act(trainer, step)
         if step == 2:
+            time.sleep(0.05)  # a thread of gloo may hold what it has sent for a moment longer
             device.reset_peak_memory_stats()
             record.held = device.memory_allocated()
             standin.forget()
         if step == 3:
             record.operators, record.reads = standin.operators(), standin.reads()
             record.peak, record.held_after = device.max_memory_allocated(), device.memory_allocated()
+            until = time.monotonic() + 1
+            while record.held_after > record.held and time.monotonic() < until:
+                time.sleep(0.01)
+                record.held_after = device.memory_allocated()
 
     return spied_train(rank, config, watch, device="neuron")
