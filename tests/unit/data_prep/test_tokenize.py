@@ -223,11 +223,14 @@ def test_an_engine_that_proves_wrong_is_given_up_with_all_it_made(
     choose = engines.choose
     monkeypatch.setattr(engines, "choose", lambda *a, **k: _without_gigatoken(choose(*a, **k)))
     monkeypatch.setattr("data_prep.engines.probes", lambda tokenizer: ["a probe"])
-    meta = tokenize([demo / "text.jsonl"], demo, tmp_path / "out", part_bytes=50_000, progress=True)
+    # parts on which it is right, then some on which every stretch shows it wrong, whichever are drawn
+    lines = [json.dumps({"text": word * 400}) for word in ["right words "] * 60 + ["yield on "] * 60]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines) + "\n")
+    meta = tokenize([tmp_path / "text.jsonl"], demo, tmp_path / "out", part_bytes=50_000, progress=True)
     assert "engine fastokens gave other ids than the official tokenizer" in capsys.readouterr().err
     assert meta["engine"] == ["official"]
     monkeypatch.undo()
-    tokenize([demo / "text.jsonl"], demo, tmp_path / "fresh")
+    tokenize([tmp_path / "text.jsonl"], demo, tmp_path / "fresh")
     assert output(tmp_path / "out") == output(tmp_path / "fresh")
 
 
