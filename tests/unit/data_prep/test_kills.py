@@ -160,7 +160,13 @@ class Command:
 
     def end(self) -> tuple[int, str]:
         """Its exit code and stderr; no process of it may be left."""
-        _, errors = self.process.communicate(timeout=60)
+        try:
+            _, errors = self.process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            alive = [(p.pid, p.status(), p.cmdline()[-3:], p.num_threads()) for p in session(self.process.pid)]
+            os.killpg(self.process.pid, signal.SIGKILL)
+            files = {path.name: path.stat().st_size for path in sorted(self.folder.glob("*"))}
+            pytest.fail(f"it hangs: {alive}, of {files}")
         end = time.monotonic() + 10
         while (left := session(self.process.pid)) and time.monotonic() < end:
             time.sleep(0.02)
