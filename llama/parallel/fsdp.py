@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -9,6 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from llama.config import Precision
 from llama.model.llama import Llama
@@ -24,6 +27,22 @@ POLICIES = {
 }
 
 
+@contextmanager
+def _integers_untrained() -> Iterator[None]:
+    """Let quantized weights be sharded. Needed for torch 2.11 alone, which makes each sharded weight a trained one before
+    it looks whether the weight was; integers cannot be. Later versions look first."""
+
+    def requires_grad_(tensor: torch.Tensor, wanted: bool = True) -> torch.Tensor:
+        return torch.Tensor.requires_grad_(tensor, wanted and tensor.is_floating_point())
+
+    DTensor.requires_grad_ = requires_grad_  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        del DTensor.requires_grad_
+
+
+@_integers_untrained()
 def shard(model: Llama, mesh: DeviceMesh, precision: Precision, reshard_after_forward: bool) -> None:
     """Spread each block, then the rest, over the last axis of `mesh` and copy over the first when there are two. In place.
 
