@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
-from llama.config import Recipe
+from llama.config import ZERO_BUBBLE, Recipe
 from llama.data.batches import Batch
+from llama.device import find_device
 from llama.model.llama import Llama
 from llama.parallel.apply import initial_weights
 from llama.parallel.shards import fill_parameters
@@ -31,6 +33,12 @@ def recipe(**changes: Any) -> Recipe:
         section, key = dotted.split("__")
         keys.setdefault(section, {})[key] = value
     return Recipe.model_validate(keys)
+
+
+def skip_unless_trainable(config: Recipe) -> None:
+    """Skip a test that takes steps of a schedule which this torch does not have."""
+    if config.parallel.pipeline_schedule in ZERO_BUBBLE and not find_device("cpu").zero_bubble:
+        pytest.skip("zero-bubble pipelines need torch 2.13 or newer")
 
 
 def samples(masked: bool, step: int = 0) -> Batch:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama.config import ZERO_BUBBLE, Recipe
+from llama.config import Recipe
 from llama.device import find_device
 from llama.layout import layout
 from llama.parallel.apply import parallelize
@@ -23,7 +23,7 @@ from llama.train.optim import (
     total_over_ranks,
 )
 from tests.dist import harness
-from tests.dist.layouts import mean_loss, micro_batches, recipe, reference_model, samples
+from tests.dist.layouts import mean_loss, micro_batches, recipe, reference_model, samples, skip_unless_trainable
 
 LOOPED = {"model__num_layers": 8, "parallel__stages_per_rank": 2}
 # name -> (ranks, what changes in the recipe)
@@ -164,8 +164,7 @@ def _expect(ranks: list[dict[str, Any]], reference: dict[str, Any], what: str, t
 def test_layout_equals_one_process(name: str) -> None:
     world, changes = LAYOUTS[name]
     config = recipe(**changes)
-    if config.parallel.pipeline_schedule in ZERO_BUBBLE and not find_device("cpu").zero_bubble:
-        pytest.skip("zero-bubble pipelines need torch 2.13 or newer")
+    skip_unless_trainable(config)
     plain = config.model_copy(update={"parallel": recipe().parallel})
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-9)):
         ranks = harness.run(world, _train, config, dtype)
