@@ -157,9 +157,18 @@ def check(recipe: Recipe, place: Place) -> list[str]:
 
 
 def _counted(recipe: Recipe, place: Place) -> list[Counts]:
+    from llama.config import ZERO_BUBBLE
+    from llama.device import find_device
     from llama.plan.analytic import representatives
     from llama.plan.dry import count_ranks
 
+    schedule = recipe.parallel.pipeline_schedule
+    if recipe.parallel.pipeline_parallel > 1 and schedule in ZERO_BUBBLE and not find_device("cpu").zero_bubble:
+        raise UserError(
+            f"parallel.pipeline_schedule={schedule}: this machine's torch is older than 2.13 and cannot run it dry; "
+            "--formulas plans without running",
+            1,
+        )
     return count_ranks(recipe, place.world, representatives(recipe, place.world), place.node.device)
 
 

@@ -19,6 +19,10 @@ from llama.recipe import load
 
 TRN2 = ["--nodes", "4", "--node-type", "trn2.48xlarge", "--formulas"]
 GPU = ["--nodes", "4", "--node-type", "8xh100", "--formulas"]
+ZERO_BUBBLE = [
+    "parallel.pipeline_parallel=2", "parallel.pipeline_schedule=interleaved_zero_bubble", "parallel.stages_per_rank=2",
+    "train.activation_checkpointing=none", "train.micro_batch_size=1",
+]  # fmt: skip
 
 
 def plan(*words: str) -> tuple[int, str]:
@@ -74,6 +78,14 @@ def test_what_does_not_fit_ends_with_1_and_says_where_to_look() -> None:
 def test_what_cannot_be_is_refused_with_the_remedy(words: list[str], said: str) -> None:
     code, out = plan(*words)
     assert code == 2 and said in out and "Traceback" not in out
+
+
+def test_a_schedule_that_this_torch_cannot_run_dry_is_planned_by_formulas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llama.device._ZERO_BUBBLE", False)
+    words = ["llama3.2_1b_gpu", *GPU, *ZERO_BUBBLE]
+    code, out = plan(*(word for word in words if word != "--formulas"))
+    assert code == 1 and "older than 2.13" in out and "--formulas" in out
+    assert plan(*words)[0] == 0
 
 
 def test_a_machine_that_nobody_measured_is_not_guessed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
