@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -44,6 +45,11 @@ def _real(rank: int, config: Recipe, micro_batches: int) -> tuple[Tally, Memory]
     return rehearsal.step(micro_batches)
 
 
+def _messages(found: Iterable[Collective]) -> list[Collective]:
+    """All but the vote on shapes in a pipeline's first step: from torch 2.14 on a fake group takes none, a real one does."""
+    return [c for c in found if (c.axis, c.bytes) != ("pp", 4)]
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_counts_are_those_of_real_processes(name: str) -> None:
     world, changes = LAYOUTS[name]
@@ -53,7 +59,7 @@ def test_counts_are_those_of_real_processes(name: str) -> None:
         tally, memory = ranks[rank]
         counted = count(config, world, rank)
         assert counted.products == tally.product_list()
-        assert counted.collectives == tally.collective_list()
+        assert _messages(counted.collectives) == _messages(tally.collective_list())
         # gloo copies what it scatters, which a device does not.
         assert counted.moved <= tally.other["moved"] <= 1.1 * counted.moved
         # When the other end takes a real message changes what lives by one of them.
