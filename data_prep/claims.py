@@ -26,6 +26,7 @@ import psutil
 STALE_SECONDS = float(os.environ.get("HERD_CLAIM_SECONDS", "90"))
 TOUCH_SECONDS = STALE_SECONDS / 6
 LEFT_SECONDS = 3600  # without a change, of a hidden file that another machine's process wrote
+HEIR = ".heir"  # of the claim to remove a dead one's
 _SIGNED = re.compile(r"-([0-9a-f]{8})\.(\d+)(?:\.|$)")
 
 
@@ -50,17 +51,23 @@ def _place() -> str:
     return hashlib.blake2b(f"{socket.gethostname()} {machine()}".encode(), digest_size=4).hexdigest()
 
 
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
 def left_behind(folder: Path, pattern: str = ".*") -> list[Path]:
     """Signed files and folders of processes that are gone: this machine's at once, others' when long untouched."""
     found = []
     for path in folder.glob(pattern):
         signed = _SIGNED.search(path.name)
         with contextlib.suppress(FileNotFoundError):
-            if signed and (
-                _started(int(signed[2])) is None
-                if signed[1] == _place()
-                else time.time() - path.stat().st_mtime > LEFT_SECONDS
-            ):
+            if path.suffix == HEIR:
+                lives = _lives(path.read_text())
+            elif signed:
+                lives = _started(int(signed[2])) is not None if signed[1] == _place() else None
+            else:
+                continue
+            if lives is False or (lives is None and time.time() - path.stat().st_mtime > LEFT_SECONDS):
                 found.append(path)
     return found
 
@@ -83,17 +90,33 @@ def _started(pid: int) -> float | None:
         return None
 
 
+def _identity() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "machine": machine(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+    }
+
+
+def _lives(text: str) -> bool | None:
+    """Is the process that wrote this claim still there? None when that cannot be told from here."""
+    try:
+        owner = json.loads(text)
+    except ValueError:
+        return None  # being written this moment, or cut off by a full disk
+    if owner.get("host") != socket.gethostname() or owner.get("machine") != machine():
+        return None
+    started = _started(owner["pid"])
+    return started is not None and abs(started - (owner.get("started") or 0)) < 0.05
+
+
 class Claims:
     """The claims of one process on parts in `folder`. Used as a context manager: it touches them until it ends."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._me: dict[str, Any] = {
-            "host": socket.gethostname(),
-            "machine": machine(),
-            "pid": os.getpid(),
-            "started": _started(os.getpid()),
-        }
+        self._me = _identity()
         self._held: dict[Path, str] = {}  # claim -> what it holds
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._touch, daemon=True)
@@ -106,7 +129,7 @@ class Claims:
         self._end.set()
         self._thread.join()
         for path in list(self._held):
-            self.release(path.name.removesuffix(".claim"))
+            self._release(path)
 
     def take(self, name: str) -> bool:
         """Claim a part; False when another process that is alive has it."""
@@ -140,7 +163,9 @@ class Claims:
         return True
 
     def release(self, name: str) -> None:
-        path = self.folder / f"{name}.claim"
+        self._release(self.folder / f"{name}.claim")
+
+    def _release(self, path: Path) -> None:
         text = self._held.pop(path, None)
         with contextlib.suppress(OSError):
             if path.read_text() == text:  # and not of one who took this process for dead
@@ -160,14 +185,11 @@ class Claims:
             return True
         if self._alive(text, touched):
             return False
-        # Removed by one process alone: another that saw it too might remove the claim that takes its place.
-        heir = path.with_name(f".{path.name}.{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}.heir")
-        try:
-            os.close(os.open(heir, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
-        except FileExistsError:
-            with contextlib.suppress(FileNotFoundError):
-                if self._now() - heir.stat().st_mtime > STALE_SECONDS:  # it died in this very moment
-                    heir.unlink()
+        # Removed by one process alone: another that saw it too might remove the claim that takes its place. That one
+        # holds a claim of its own on the removal, so that its death in this very moment is told like any other.
+        heir = path.with_name(f".{path.name.strip('.').split('.')[0]}.{_digest(text)}{HEIR}")
+        if not self._create(heir):
+            self._clear_if_dead(heir)
             return False
         try:
             if path.read_text() == text:
@@ -175,18 +197,12 @@ class Claims:
         except FileNotFoundError:
             pass
         finally:
-            heir.unlink(missing_ok=True)
+            self._release(heir)
         return True
 
     def _alive(self, text: str, touched: float) -> bool:
-        try:
-            owner = json.loads(text)
-        except ValueError:
-            owner = {}  # being written this moment, or cut off by a full disk
-        if owner.get("host") == self._me["host"] and owner.get("machine") == self._me["machine"]:
-            started = _started(owner["pid"])
-            return started is not None and abs(started - (owner.get("started") or 0)) < 0.05
-        return self._now() - touched < STALE_SECONDS
+        lives = _lives(text)
+        return self._now() - touched < STALE_SECONDS if lives is None else lives
 
     def _now(self) -> float:
         """The file system's time: clocks of nodes may differ from it."""

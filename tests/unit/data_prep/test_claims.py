@@ -143,19 +143,45 @@ def test_who_was_taken_for_dead_does_not_give_back_what_is_anothers(tmp_path: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_that_died_while_it_removed_a_dead_claim_delays_it_only(
+def test_the_death_of_one_that_removes_a_dead_claim_is_told_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dead, mine = Claims(tmp_path), Claims(tmp_path)
+    path, mine = tmp_path / "a.claim", Claims(tmp_path)
+    dying = [Claims(tmp_path) for _ in range(4)]
+    for each in dying:
+        each._me["started"] -= 1000
+    assert dying[0].take("a")
+    with monkeypatch.context() as patch:  # each is killed when it has made its heir
+        patch.setattr(Claims, "_release", lambda *_: None)
+        unlink = Path.unlink
+        patch.setattr(Path, "unlink", lambda self, **how: how and unlink(self, **how))
+        for each in dying[1:]:
+            each._clear_if_dead(path)
+    assert len(list(tmp_path.glob(".*.heir"))) == 3
+    start, looks = time.monotonic(), 1
+    while not mine.take("a"):
+        looks += 1
+    assert looks <= 4 and time.monotonic() - start < 5
+    mine.release("a")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_who_removes_a_dead_claim_on_another_machine_is_left_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "STALE_SECONDS", 30)
+    dead, far, mine = Claims(tmp_path), Claims(tmp_path), Claims(tmp_path)
     dead._me["started"] -= 1000
     assert dead.take("a")
+    far._me["host"] = "far"
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", lambda *_, **__: refuse())
-        with pytest.raises(OSError, match="not supported"):
-            mine._clear_if_dead(tmp_path / "a.claim")
+        patch.setattr(Claims, "_release", lambda *_: None)
+        assert far._clear_if_dead(tmp_path / "a.claim")
     (heir,) = tmp_path.glob(".*.heir")
-    assert not mine.take("a")
-    os.utime(heir, (0, 0))
+    heir_text = heir.read_text()
+    (tmp_path / "a.claim").write_text(dead._held[tmp_path / "a.claim"])
+    assert not mine.take("a") and heir.read_text() == heir_text
+    os.utime(heir, (time.time() - 31, time.time() - 31))
     assert not mine.take("a") and not heir.exists()
     assert mine.take("a")
 
@@ -170,4 +196,10 @@ def test_what_the_dead_left_behind_is_found_and_nothing_else(tmp_path: Path) -> 
     for name in names | others:
         (tmp_path / name).touch()
     os.utime(tmp_path / ".c.far-0123abcd.7.bin", (0, 0))  # another machine's, and old
-    assert {path.name for path in left_behind(tmp_path)} == names
+    heirs = {"dead": 1000, "alive": 0}
+    for name, ago in heirs.items():
+        mine = Claims(tmp_path)
+        mine._me["started"] -= ago
+        mine._create(tmp_path / f".{name}.heir")
+    (tmp_path / ".far.heir").write_text('{"host": "far"}')
+    assert {path.name for path in left_behind(tmp_path)} == names | {".dead.heir"}
