@@ -76,6 +76,8 @@ def _copy_data(
         if recorded and task.end == one.data_bytes:
             compare_digests(f"{one.prefix}.bin", own.hexdigest(), recorded)
             own.reset()
+        if task.end > task.begin:
+            target.write_out(one.byte + task.begin, one.byte + task.end)
         yield task.end - task.begin
 
 
