@@ -10,10 +10,11 @@ time is taken to be start-up (imports, loading and certifying tokenizers) and is
 preprocess_data.py and preprocess_data_fast.py and datatrove run on two shards of one file as they document; a peer that
 cannot run is named with the reason. `bare` is the fast engine alone, in as many processes, on text that is in memory
 already: what no tool can pass. The quick tools are also run on --times copies of the corpus: what the others take more
-than the first gives the speed that a large corpus sees, free of start-up and of workers that end unevenly. Of several
-rounds the best time of each counts. Memory is taken and given back before each run: the host of a virtual machine may
-have to find a page when it is first used, which would be charged to whichever tool comes first (10 of 23 CPU seconds,
-once). Text is counted as the bytes of the JSON Lines. Writes benchmarks/results/prep_speed-CPU.json.
+than the first gives the speed that a large corpus sees, free of start-up and of workers that end unevenly; keep both
+below the 8 GB from which herd loads and compares every engine, which is start-up too. Of several rounds the best time of
+each counts. Memory is taken and given back before each run: the host of a virtual machine may have to find a page when
+it is first used, which would be charged to whichever tool comes first (10 of 23 CPU seconds, once). Text is counted as
+the bytes of the JSON Lines. Writes benchmarks/results/prep_speed-CPU.json.
 """
 
 from __future__ import annotations
