@@ -69,6 +69,7 @@ def better(one: Rates, other: Rates) -> Rates:
         bandwidth=fastest(one.bandwidth, other.bandwidth, max),
         collectives=fastest(one.collectives, other.collectives, min),
         operator=operator,
+        strain={kind: (factor + other.strain[kind]) / 2 for kind, factor in one.strain.items()},
         link=max(one.link, other.link),
         latency=min(one.latency, other.latency),
     )

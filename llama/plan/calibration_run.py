@@ -13,7 +13,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,22 +24,24 @@ import torch.distributed as dist
 
 from llama.config import Model, Recipe
 from llama.device import Device, find_device
-from llama.layout import layout
+from llama.layout import Layout, layout
 from llama.model.llama import Llama
 from llama.parallel.mesh import build_mesh
-from llama.plan.counts import Counts, Memory
+from llama.plan.counts import Counts
 from llama.plan.dry import Rehearsal
 from llama.plan.dry_memory import Live
 from llama.plan.dry_tally import Counting, Tally, _look_at
-from llama.plan.speed import Rates, Table, collective_seconds
+from llama.plan.speed import Rates, Table, collective_seconds, step_time, update_seconds
 from llama.run_folder import write_json
 from llama.train.optim import StochasticAdamW
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PROBES = ((32, 64, 256), (128, 128, 1024), (512, 256, 4096), (1024, 512, 8192))
+PROBES = ((32, 64, 256), (128, 128, 1024), (512, 512, 4096), (1024, 512, 8192))
 """Tokens, width and vocabulary of the networks."""
 GLANCE = 0.01
 """Seconds for a measurement below which small networks and messages alone are looked at: only to see that all works."""
+MOST_STRAIN = 1.5
+"""What is more was no network's step, but something else that the machine had to do."""
 MESSAGES = (1 << 10, 16 << 10, 128 << 10, 1 << 20, 8 << 20, 32 << 20)
 """Bytes of a collective's larger side."""
 
@@ -121,7 +123,8 @@ class Timed(Counting):
         whole.products.update(one.products)
         whole.other.update(one.other)
         for product in one.product_list():
-            self._add((product.kind, product.dtype, str(round(math.log2(product.flops)))), product.flops, seconds)
+            size = product.flops if product.kind == "mm" else product.flops / math.prod(product.shape[:2])
+            self._add((product.kind, product.dtype, str(round(math.log2(size)))), product.flops, seconds)
         if one.other["moved"]:
             self._add(("others",), one.other["moved"], seconds)
         return out
@@ -176,7 +179,7 @@ def network(bench: Bench, dtype: torch.dtype, tokens: int, width: int, vocabular
 
 
 def tables(networks: Sequence[Network], kind: str, dtype: str) -> Table:
-    """FLOP/s by FLOPs of a product, over all networks."""
+    """FLOP/s by FLOPs of a product, or of a head's attention, over all networks."""
     sizes: dict[int, list[float]] = {}
     for found in networks:
         for key, (work, seconds) in found.spent.items():
@@ -256,32 +259,47 @@ def _message(kind: str, size: int, ranks: int, group: Any, bench: Bench) -> Call
     return exchange
 
 
-def tiny(checkpointing: str = "none", **parallel: Any) -> Recipe:
-    """A recipe in which there is nothing to do but to call operators."""
+def small(probe: tuple[int, int, int], train: Mapping[str, Any], **parallel: Any) -> Recipe:
+    """A recipe for one sequence a rank on a network as in PROBES."""
     return Recipe.model_validate(
         {
-            "name": "tiny", "model": shape(32, 64, 256).model_dump(), "data": {"seq_length": 32},
-            "train": {
-                "steps": 1, "global_batch_size": dist.get_world_size(), "precision": "bf16_mixed",
-                "activation_checkpointing": checkpointing,
-            },
+            "name": "small", "model": shape(*probe).model_dump(), "data": {"seq_length": probe[0]},
+            "train": {"steps": 1, "global_batch_size": dist.get_world_size(), "precision": "bf16_mixed", **train},
             "parallel": parallel,
         }
     )  # fmt: skip
 
 
-def overhead(bench: Bench, rates: Rates, checkpointing: str = "none", **parallel: Any) -> float:
-    """Seconds of an operator of the whole trainer's step under a layout, apart from what ranks tell each other."""
-    recipe = tiny(checkpointing, **parallel)
+def whole_step(bench: Bench, recipe: Recipe, part: float) -> tuple[Layout, Counts, float]:
+    """A step of the trainer under a layout: what this rank does in it, and its seconds."""
     laid = layout(recipe, bench.world)
     rehearsal = Rehearsal(recipe, build_mesh(laid, bench.device.type), bench.device, None)
     rehearsal.step(laid.accumulation)
-    tally, _ = rehearsal.step(laid.accumulation)
+    tally, memory = rehearsal.step(laid.accumulation)
     batches = [rehearsal._batch() for _ in range(laid.accumulation)]
-    seconds = bench.together(lambda: rehearsal.trainer.step(iter([batches])), 3.0)  # type: ignore[arg-type]
-    counts = Counts(0, 0, (), 0, 0, tally.collective_list(), Memory(0, 0, 0, 0, 0))
+    seconds = bench.together(lambda: rehearsal.trainer.step(iter([batches])), part)  # type: ignore[arg-type]
+    return laid, tally.counts(memory), seconds
+
+
+def overhead(bench: Bench, rates: Rates, checkpointing: str = "none", **parallel: Any) -> float:
+    """Seconds of an operator in a network in which there is nothing to do but to call operators, apart from what ranks
+    tell each other."""
+    recipe = small(PROBES[0], {"activation_checkpointing": checkpointing}, **parallel)
+    laid, counts, seconds = whole_step(bench, recipe, 3.0)
     told = sum(c.calls * collective_seconds(c, laid, rates, bench.world) for c in counts.collectives)
-    return max(0.0, seconds - told) / tally.other["operators"]
+    return max(0.0, seconds - told) / counts.operators
+
+
+def strain(bench: Bench, rates: Rates, **parallel: Any) -> float:
+    """What whole steps of a larger network take, as a multiple of what their parts take apart."""
+    taken = planned = 0.0
+    for precision in ("fp32", "bf16_mixed"):
+        recipe = small(bench.probes[min(2, len(bench.probes) - 1)], {"precision": precision}, **parallel)
+        laid, counts, seconds = whole_step(bench, recipe, 40.0)
+        updating = update_seconds(counts, recipe, rates)
+        taken += seconds - updating
+        planned += step_time(counts, recipe, laid, rates, ranks_per_node=bench.world).total - updating
+    return min(MOST_STRAIN, max(1.0, taken / planned))
 
 
 def resident() -> int:
@@ -294,8 +312,9 @@ def measure(device: Device, window: float) -> Rates:
     bench = Bench(device, window)
     network(bench, torch.float32, *PROBES[0])  # brings the code in
     rates = Rates(
-        source="", device=device.type, products={}, attention={}, bandwidth={}, operator={}, collectives={}, link=1e9, network=0.0,
-        latency=50e-6, reading=0.0, base=round(bench.mean(resident(), most=True)), overlaps=device.type != "cpu",
+        source="", device=device.type, products={}, attention={}, bandwidth={}, operator={},
+        strain=dict.fromkeys(("plain", "sharded", "tensor"), 1.0), collectives={}, link=1e9, network=0.0, latency=50e-6,
+        reading=0.0, base=round(bench.mean(resident(), most=True)), overlaps=device.type != "cpu",
         share=min(1.0, (os.cpu_count() or 1) / bench.world), host=socket.gethostname(), torch=str(torch.__version__),
         processes=bench.world,
     )  # fmt: skip
@@ -316,6 +335,9 @@ def measure(device: Device, window: float) -> Rates:
     rates.operator["selective"] = max(0.0, overhead(bench, rates, "selective") - rates.operator["sharded"])
     if (ranks := math.gcd(bench.world, 4)) > 1:  # the tiny network has four key/value heads
         rates.operator["tensor"] = overhead(bench, rates, tensor_parallel=ranks)
+    rates.strain.update(dict.fromkeys(rates.strain, strain(bench, rates)))
+    if ranks > 1:
+        rates.strain["tensor"] = strain(bench, rates, tensor_parallel=ranks)
     words = f"measured on {rates.host} with {bench.world} process{'es' * (bench.world > 1)}"
     return replace(rates, source=words)
 

@@ -243,16 +243,7 @@ def count(recipe: Recipe, world: int, rank: int = 0, device: str = "cpu") -> Cou
         if recipe.train.compile:  # nothing is compiled here: what compiled blocks do not keep is known by formulas
             spared = foresee(plain, world, rank).memory.peak - foresee(recipe, world, rank).memory.peak
             memory = replace(memory, activations=memory.activations - spared)
-        return Counts(
-            rank=rank,
-            stage=mesh.stage_rank,
-            products=tally.product_list(),
-            moved=tally.other["moved"],
-            operators=tally.other["operators"],
-            collectives=tally.collective_list(),
-            memory=memory,
-            notes=_notes(recipe, device),
-        )
+        return tally.counts(memory, rank, mesh.stage_rank, _notes(recipe, device))
 
 
 def count_ranks(recipe: Recipe, world: int, ranks: Sequence[int], device: str = "cpu") -> list[Counts]:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from llama.parallel.mesh import AXES, Mesh
-from llama.plan.counts import Collective, Kind, Product
+from llama.plan.counts import Collective, Counts, Kind, Memory, Product
 from llama.plan.dry_memory import Live
 
 aten = torch.ops.aten
@@ -78,6 +78,11 @@ class Tally:
             for (kind, shape, dtype), calls in self.products.items()
         ]
         return tuple(sorted(found, key=lambda p: (-p.flops, p.kind, p.shape, p.dtype)))
+
+    def counts(self, memory: Memory, rank: int = 0, stage: int = 0, notes: tuple[str, ...] = ()) -> Counts:
+        return Counts(
+            rank, stage, self.product_list(), self.other["moved"], self.other["operators"], self.collective_list(), memory, notes
+        )  # fmt: skip
 
     def collective_list(self) -> tuple[Collective, ...]:
         """Most bytes first."""

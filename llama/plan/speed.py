@@ -52,7 +52,7 @@ class Rates:
     products: dict[str, Table]
     """By type: FLOPs of one matrix product, FLOP/s."""
     attention: dict[str, Table]
-    """By kind and type, as in `attention_backward bfloat16`: FLOPs of one call in full, FLOP/s of causal attention."""
+    """By kind and type, as in `attention_backward bfloat16`: FLOPs of one head in full, FLOP/s of causal attention."""
     bandwidth: dict[str, Table]
     """Bytes that an operator reads and writes, bytes/s: by type, and of the optimizers, `update` and `update_sr`, the one
     that rounds stochastically."""
@@ -60,6 +60,9 @@ class Rates:
     """Seconds that a call of an operator costs at least, its part of Python and autograd included: `plain`, under FSDP
     (`sharded`), and under tensor parallelism, where it is one on DTensors first (`tensor`). Beside these, what selective
     checkpointing takes to decide on it (`selective`)."""
+    strain: dict[str, float]
+    """By kind of operators: what a whole step takes, as a multiple of what its parts take apart. Caches are cold there,
+    memory is fresh, and ranks wait for each other."""
     collectives: dict[str, Table]
     """By kind and ranks, as in `all_reduce 4`: bytes of a call, seconds. What is missing is reckoned from the links."""
     link: float
@@ -170,7 +173,8 @@ def rates_of(node: NodeType, mfu: float | None = None) -> Rates:
             for dtype, rate in peaks.items() for kind in ("attention", "attention_backward")
         },
         bandwidth=dict.fromkeys((*peaks, "update", "update_sr"), ((1.0, node.bandwidth),)),
-        operator=dict.fromkeys(("plain", "sharded", "tensor", "selective"), LAUNCH), collectives={}, link=node.link, network=node.network,
+        operator=dict.fromkeys(("plain", "sharded", "tensor", "selective"), LAUNCH),
+        strain=dict.fromkeys(("plain", "sharded", "tensor"), 1.0), collectives={}, link=node.link, network=node.network,
         latency=node.latency, reading=0.0, base=RUNTIME, overlaps=True,
     )  # fmt: skip
 
@@ -181,23 +185,25 @@ def step_time(
     """Seconds of a step of `layout` on `nodes`, as long as the rank of `counts` takes: give the slowest stage's."""
     per_node = ranks_per_node or max(1, layout.world // nodes)
     compiled = FUSED if recipe.train.compile or rates.device == "neuron" else 1.0
-    multiplied = sum(product_seconds(p, rates) for p in counts.products if p.kind == "mm")
-    attention = sum(product_seconds(p, rates) for p in counts.products if p.kind != "mm")
+    kind = _operators(recipe, layout)
+    call, strain = rates.operator[kind], rates.strain[kind]
+    multiplied = strain * sum(product_seconds(p, rates) for p in counts.products if p.kind == "mm")
+    attention = strain * sum(product_seconds(p, rates) for p in counts.products if p.kind != "mm")
     updating = update_seconds(counts, recipe, rates)
-    call = rates.operator[_operators(recipe, layout)]
     if recipe.train.activation_checkpointing == "selective" and compiled == 1.0:  # a graph has it decided once
         call += rates.operator.get("selective", 0.0)
     launching = counts.operators * compiled * call
     moved = max(0, counts.moved - _updated(counts, recipe, rates)[1]) * compiled
     dtype = "float32" if recipe.train.precision == "fp32" else "bfloat16"
-    moving = moved / at(rates.bandwidth[dtype], counts.moved / max(1, counts.operators)) + updating
+    moving = moved / at(rates.bandwidth[dtype], counts.moved / max(1, counts.operators))
     # An accelerator gets its work ahead of time, and waits only when to launch it takes longer than to do it.
-    others = moving + launching if rates.device == "cpu" else max(moving, launching - multiplied - attention)
+    waited = max(moving, launching - multiplied - attention - updating)
+    others = updating + strain * (moving + launching if rates.device == "cpu" else waited)
 
     spent = {"tp": 0.0, "dp_shard": 0.0, "dp_replicate": 0.0, "pp": 0.0, "world": 0.0}
     passed = {"send": 0.0, "recv": 0.0}
     for collective in counts.collectives:
-        seconds = collective.calls * collective_seconds(collective, layout, rates, per_node)
+        seconds = strain * collective.calls * collective_seconds(collective, layout, rates, per_node)
         if collective.kind in passed:
             passed[collective.kind] += seconds
         else:
@@ -230,7 +236,7 @@ def product_seconds(product: Product, rates: Rates) -> float:
     size = product.flops / product.calls
     dtype = product.dtype if product.dtype in rates.products else "float32"
     if product.kind != "mm":
-        return product.flops / at(rates.attention[f"{product.kind} {dtype}"], size)
+        return product.flops / at(rates.attention[f"{product.kind} {dtype}"], size / math.prod(product.shape[:2]))
     batch, m, k, n = product.shape
     moved = batch * (m * k + k * n + m * n) * BYTES[dtype]
     return product.calls * max(size / at(rates.products[dtype], size), moved / at(rates.bandwidth[dtype], moved))

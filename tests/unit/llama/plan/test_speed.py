@@ -66,6 +66,25 @@ def test_thin_products_wait_for_memory() -> None:
     assert speed.product_seconds(thin, H100) == pytest.approx(2 * (8192 * 8192 + 2 * 8192 * 8) / 3350e9)
 
 
+def test_attention_is_as_fast_as_a_head_of_its_size_was() -> None:
+    rates = dataclasses.replace(H100, attention={"attention float32": ((1e6, 1e9), (4e6, 2e9))})
+    for batch, heads in ((1, 8), (4, 16)):  # of 4e6 FLOPs each
+        one = Product("attention", (batch, heads, 125, 125, 64), "float32", 3, 3 * batch * heads * 4_000_000)
+        assert speed.product_seconds(one, rates) == pytest.approx(3 * batch * heads * 4e6 / 2e9)
+
+
+def test_what_a_step_takes_beyond_its_parts_does_not_hold_for_the_update() -> None:
+    tensor = counts(products=(product(8192),), collectives=(Collective("all_reduce", "tp", 4, 1 << 20, 7),))
+    whole = dataclasses.replace(tensor, memory=Memory(0, 0, 1 << 30, 0, 0))
+    laid = layout(recipe(tensor_parallel=4), 4)
+    plain = speed.step_time(whole, recipe(tensor_parallel=4), laid, H100)
+    rates = dataclasses.replace(H100, strain={"plain": 5.0, "sharded": 5.0, "tensor": 1.25})
+    strained = speed.step_time(whole, recipe(tensor_parallel=4), laid, rates)
+    update = speed.update_seconds(whole, recipe(), H100)
+    assert update > 0 and plain.others == pytest.approx(update) == strained.others
+    assert strained.total - update == pytest.approx(1.25 * (plain.total - update))
+
+
 def test_collectives_in_a_node_take_their_rings_share_of_the_bytes() -> None:
     bulk = 8 << 30
     hops = 3 * 20e-6
