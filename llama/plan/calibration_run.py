@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -315,7 +316,7 @@ def measure(device: Device, window: float) -> Rates:
         source="", device=device.type, products={}, attention={}, bandwidth={}, operator={},
         strain=dict.fromkeys(("plain", "sharded", "tensor"), 1.0), collectives={}, link=1e9, network=0.0, latency=50e-6,
         reading=0.0, base=round(bench.mean(resident(), most=True)), overlaps=device.type != "cpu",
-        share=min(1.0, (os.cpu_count() or 1) / bench.world), host=socket.gethostname(), torch=str(torch.__version__),
+        share=min(1.0, (os.cpu_count() or 1) / bench.world), host=socket.gethostname(), torch=metadata.version("torch"),
         processes=bench.world,
     )  # fmt: skip
     for name, dtype in DTYPES.items():
