@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     "--suggest", "search", is_flag=True, help="Search layouts, checkpointing and micro-batches; the best five."
 )
 @click.option("--dry-run/--formulas", "dry", default=True, help="Count by running the real code dry, or by formulas.")
-@click.option("--calibrate", is_flag=True, help="Measure this machine for a minute first, and keep what it gives.")
+@click.option("--calibrate", is_flag=True, help="Measure this machine first, a minute or two, and keep what it gives.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw memory, time and the pipeline to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Everything that was found, for a script.")
 def command(

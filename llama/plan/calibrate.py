@@ -124,7 +124,10 @@ def save_rates(rates: Rates) -> Path:
 
 def load_rates(processes: int) -> Rates:
     """What was measured on this machine with so many processes. Raises UserError naming the remedy when it was not."""
-    path, remedy = rates_path(processes), f"herd plan --calibrate --processes {processes} measures it in a minute"
+    path, remedy = (
+        rates_path(processes),
+        f"herd plan --calibrate --processes {processes} measures it in a minute or two",
+    )
     try:
         rates = Rates.from_json(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
